@@ -1,0 +1,1 @@
+"""ControlNet on latent diffusion: model, checkpoints, configuration, generation, logging."""

@@ -1,0 +1,139 @@
+"""The configuration of a run: a typed schema, filled from a run file and `key=value` overrides.
+
+Nothing here imports torch, so a mistake is answered before anything slow starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+RANDOM = "random"
+
+
+@dataclass
+class ModelConfig:
+    """Which network, and the weights that it starts from."""
+
+    config: str = "models/cldm_v15.yaml"  # model YAML file
+    checkpoint: str = "models/control_sd15_ini.safetensors"  # "random" starts from nothing, to try the machinery
+    base: str | None = None  # where the base of a control-only checkpoint lies, if it does not record it
+
+
+@dataclass
+class DataConfig:
+    """Which data set, and at what size."""
+
+    name: str = "cityscapes"
+    root: str | None = None  # by default data/NAME
+    split: str = "train"
+    val_split: str | None = "val"  # the logged grid shows its maps; null shows training ones
+    size: list[int] | None = None  # height and width, multiples of 64; null is the data set's own
+    prompt: str | None = None  # one sentence for every sample; null is the data set's own
+    num_workers: int = 4  # loader processes
+
+
+@dataclass
+class TrainConfig:
+    """What is trained, how, and for how long."""
+
+    batch_size: int = 4  # per device
+    accumulate: int = 1  # batches for one optimizer step
+    lr: float = 1e-5
+    max_steps: int = 100_000  # optimizer steps, not batches
+    sd_locked: bool = True  # False also trains the UNet's decoder
+    only_mid_control: bool = False
+    precision: str = "auto"  # auto, or what Lightning's Trainer takes: 32-true, 16-mixed, bf16-mixed
+    clip: float | None = None  # largest norm of the gradient
+    seed: int = 0
+    gpus: list[int] | None = None  # GPU ids; null is automatic
+    default_root_dir: str = "work_dir"
+    logger_freq: int = 300  # optimizer steps between two logged grids
+    checkpoint_freq: int = 5000  # optimizer steps between two checkpoints; one is written at the end as well
+
+
+@dataclass
+class SampleConfig:
+    """How an image is sampled, in training, in scripts and on the page alike."""
+
+    steps: int = 20
+    sampler: str = "ddim"
+    eta: float = 0.0  # DDIM only: 0 is deterministic, 1 ancestral
+    scale: float = 9.0  # classifier-free guidance; 1 is none
+    strength: float = 1.0  # of the control
+    guess_mode: bool = False  # the control must do without the prompt
+    negative_prompt: str = ""
+    num_images: int = 4  # in a logged grid
+    seed: int = 0  # of the first image; the next ones count up
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def load_run_config(dataset: str, config: str | Path | None, overrides: Sequence[str]) -> DictConfig:
+    """Schema <- configs/DATASET.yaml <- `config` <- `overrides`; later ones win.
+
+    config     a run file, which replaces configs/DATASET.yaml, or a model file; told apart by content
+    overrides  key=value lines such as train.lr=2e-6
+
+    Raises
+        ValueError         an unknown key, with the near one, or a value of another type
+        FileNotFoundError  a file that is not there
+    """
+    run_file, model_file = Path("configs") / f"{dataset}.yaml", None
+    if config is not None:
+        content = read_yaml(Path(config))
+        is_model_file = "target" in (content.get("model") or {})
+        run_file, model_file = (run_file, str(config)) if is_model_file else (Path(config), None)
+    layers = [read_yaml(run_file), {"data": {"name": dataset}}]
+    layers += [{"model": {"config": model_file}}] if model_file else []
+    merged = OmegaConf.structured(RunConfig)
+    for layer, where in [*((layer, str(run_file)) for layer in layers), *parse_overrides(overrides)]:
+        merged = merge(merged, layer, where)
+    return merged
+
+
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a configuration file, found nothing at {path}")
+    return OmegaConf.load(path)
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
+    """Each `key=value` as a layer of its own, so that an error can quote it."""
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"expected key=value, such as train.lr=1e-5, found {override!r}")
+    return [(OmegaConf.from_dotlist([override]), override) for override in overrides]
+
+
+def merge(config: DictConfig, layer: Any, where: str) -> DictConfig:
+    """Lay `layer` over `config`; an unknown key or a value of another type is answered in a sentence."""
+    try:
+        return OmegaConf.merge(config, layer)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        near = difflib.get_close_matches(key, dotted_keys(config), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(dotted_keys(config))}"
+        raise ValueError(f"{where}: unknown key {key}; {hint}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {error.full_key}: {str(error.msg).splitlines()[0]}") from error
+
+
+def dotted_keys(config: DictConfig) -> list[str]:
+    """All keys that take a value, as `section.name`."""
+    return [f"{section}.{name}" for section in config for name in config[section]]

@@ -1,0 +1,132 @@
+"""From hints and prompts to images: the one way, used by the logger, the scripts and the web page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldm.cldm import ControlLDM, HintFeatures, guess_mode_scales
+from cldm.config import SampleConfig
+from ldm.models.diffusion.ddim import StepCallback, sample_ddim
+from ldm.models.diffusion.dpm_solver import sample_dpm_solver
+from ldm.models.diffusion.guidance import EpsModel, classifier_free_guidance
+from ldm.models.diffusion.schedule import ddim_timesteps, uniform_timesteps
+
+DECODED_AT_ONCE = 4 * 64 * 64  # latent pixels: four images of 512x512
+
+
+class Sampler(NamedTuple):
+    """A sampler, the timesteps that it is made for, and what it needs of the settings."""
+
+    run: Callable[..., Tensor]
+    timesteps: Callable[[int, int], list[int]]
+    is_stochastic: bool  # takes eta
+
+
+SAMPLERS = {
+    "ddim": Sampler(sample_ddim, ddim_timesteps, True),
+    "dpm++2m": Sampler(sample_dpm_solver, uniform_timesteps, False),
+}
+
+
+@torch.no_grad()
+def generate(
+    model: ControlLDM,
+    hint: Tensor | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SampleConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Sample one image for each seed; the same seed gives the same image whatever else is in the batch.
+
+    hint      (B or 1, C, H, W) in [0, 1]; None samples without control and needs `size`
+    prompts   B texts; the negative prompt is one of the settings
+    seeds     B integers, each the only source of randomness of its image
+    size      (H, W) of the images, multiples of 64; by default that of the hint
+    callback  called after each step with its number and the predicted latent
+    returns   (B, H, W, 3) uint8 on the CPU
+
+    Raises
+        ValueError  a size, a number or a name that does not fit, or a result that is not finite
+    """
+    sampler = find_sampler(settings.sampler)
+    height, width = image_size(hint, size)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    down = model.first_stage_model.downsampling
+    shape = (model.first_stage_model.embed_dim, height // down, width // down)
+
+    def noise_like(x: Tensor) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(x)
+
+    x = noise_like(torch.empty(0, device=model.device))
+    options = {"eta": settings.eta, "noise_like": noise_like} if sampler.is_stochastic else {}
+    z = sampler.run(
+        guided_predictor(model, hint, prompts, settings),
+        x,
+        sampler.timesteps(settings.steps, model.num_timesteps),
+        model.alphas_cumprod.double().tolist(),
+        callback=callback,
+        **options,
+    )
+    return decode(model, z)
+
+
+def guided_predictor(
+    model: ControlLDM, hint: Tensor | None, prompts: Sequence[str], settings: SampleConfig
+) -> EpsModel:
+    """A noise predictor with hint, prompts and guidance in it; all that is constant is computed here."""
+    guided = settings.scale != 1
+    negatives = [settings.negative_prompt] * len(prompts) if guided else []
+    cond = {"c_crossattn": [model.get_learned_conditioning([*negatives, *prompts])]}
+    if hint is not None:
+        features = model.control_model.encode_hint(hint.to(model.device)).features
+        features = features.expand(len(prompts), -1, -1, -1)
+        both = guided and not settings.guess_mode  # in guess mode the unconditional half has no control
+        cond["c_concat"] = [HintFeatures(features.repeat(2, 1, 1, 1) if both else features)]
+        count = model.control_model.num_residuals
+        fading = guess_mode_scales(settings.strength, count)
+        cond["control_scales"] = fading if settings.guess_mode else [settings.strength] * count
+    cond = model.precompute_cond(cond)
+
+    def predict_eps(x: Tensor, t: int) -> Tensor:
+        return model.predict_eps(x, t, cond)
+
+    return classifier_free_guidance(predict_eps, settings.scale) if guided else predict_eps
+
+
+def decode(model: ControlLDM, z: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> images (B, H, W, 3) uint8 on the CPU, a few at a time to bound the memory."""
+    at_once = max(1, DECODED_AT_ONCE // (z.shape[-2] * z.shape[-1]))
+    images = torch.cat([model.decode_first_stage(part).float() for part in z.split(at_once)])
+    if not images.isfinite().all():
+        raise ValueError("the sampled image is not finite; use --precision 32, or check the weights for NaN")
+    return to_uint8(images)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 on the CPU."""
+    return (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def find_sampler(name: str) -> Sampler:
+    """Look a sampler up by name."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def image_size(hint: Tensor | None, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Size of the images: asked for, or that of the hint; the two must agree and be multiples of 64."""
+    of_hint = None if hint is None else (hint.shape[-2], hint.shape[-1])
+    height, width = size or of_hint or (0, 0)
+    if not height or height % 64 or width % 64:
+        raise ValueError(f"expected a size in multiples of 64, found {height}x{width}")
+    if of_hint not in (None, (height, width)):
+        raise ValueError(f"expected a hint of {height}x{width}, found {of_hint[0]}x{of_hint[1]}; resize it first")
+    return height, width

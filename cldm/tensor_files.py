@@ -1,0 +1,462 @@
+"""Read and write files of named tensors; nothing found in a file is ever executed.
+
+What a file is follows from its content, never from its name. Read: safetensors, torch zip files and torch
+files from before the zip format. Written: safetensors, or a torch zip for .ckpt, .pth and .pt.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickletools
+import re
+import secrets
+import shutil
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which protocol 2 still writes
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH_SUFFIXES = {".ckpt", ".pth", ".pt"}
+EXPECTED = "expected a safetensors file or a torch checkpoint of tensors"
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+_LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # opens a pre-zip torch file
+_MARGIN = 1 << 20  # bytes on top of the tensors: zip directory, file system blocks
+
+# Text that a download leaves behind instead of the weights, then containers of other programs.
+_LOOKS = (
+    (rb"(?i)\s*(<!doctype|<html|<\?xml)", "is a web page, as a failed download leaves behind"),
+    (rb"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull`"),
+    (rb"\s*\{", "is JSON text"),
+    (rb"\x1f\x8b", "is a gzip archive"),
+    (rb"7z\xbc\xaf", "is a 7z archive"),
+    (rb"Rar!", "is a rar archive"),
+    (rb"GGUF", "is a GGUF model"),
+    (rb"\x89HDF", "is an HDF5 file"),
+    (rb"\x93NUMPY", "is a numpy array"),
+)
+
+# Globals that Lightning checkpoints mention beside their weights. They become empty stand-ins, never imports.
+_INERT_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
+_INERT_NAMES = re.compile(
+    r"numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|float64|float32|int64)"
+    r"|builtins\.(dict|list|tuple|int|float|str|bool)"
+    r"|collections\.defaultdict|typing\.Any|argparse\.Namespace|pathlib(\._local)?\.\w*Path"
+)
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be used, said in one sentence."""
+
+
+class _Inert:
+    """Stands in for a foreign object: takes any state and keeps none."""
+
+    def __init__(self, *state: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _InertDict:
+    """Stands in for a dict subclass; a plain dict is the only mapping that the unpickler may fill."""
+
+    def __new__(cls, *state: object) -> dict[object, object]:  # type: ignore[misc]
+        """Return a plain dict whatever the subclass was built from."""
+        return {}
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, on the CPU and memory-mapped where the format allows it.
+
+    A `state_dict`, `model` or `module` that wraps them is opened; whatever is not a tensor is left out.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    if kind != "safetensors":
+        return _tensors_of(_load_torch(path, kind), path)
+    names = [name for name in _read_header(path) if name != "__metadata__"]
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # the reader raises many kinds; all mean the same to the user
+        raise CheckpointError(f"{path} is damaged safetensors ({_first_line(error)}); {EXPECTED}") from error
+
+
+def read_shapes(path: str | Path) -> dict[str, Shape]:
+    """Return the shape of every tensor by name without touching their data (pre-zip torch files excepted)."""
+    path = Path(path)
+    if _kind(path) != "safetensors":
+        return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
+    header = _read_header(path)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the text notes that stand beside the tensors; {} if there are none."""
+    path = Path(path)
+    kind = _kind(path)
+    if kind == "safetensors":
+        notes = _read_header(path).get("__metadata__")
+    else:
+        payload = _load_torch(path, kind)
+        notes = payload.get("metadata") if isinstance(payload, dict) else None
+    pairs = notes.items() if isinstance(notes, dict) else ()
+    return {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, reading it in pieces."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file whole or not at all: temporary name, sync, check by reading, rename over the target.
+
+    A safetensors file holds one tensor at a time in memory; a torch file copies tensors that share storage.
+    """
+    target = Path(path).resolve()  # through a link, so that the link survives and the disk is the right one
+    notes = dict(metadata or {})
+    _check_request(target, tensors, notes)
+    partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
+    write = _write_torch if target.suffix.lower() in TORCH_SUFFIXES else _write_safetensors
+    try:
+        with partial.open("xb") as file:
+            write(file, tensors, notes)
+            file.flush()
+            os.fsync(file.fileno())
+        _verify(partial, tensors)
+        size = partial.stat().st_size
+        partial.replace(target)
+        _sync_folder(target.parent)
+        if target.stat().st_size != size:
+            raise CheckpointError(f"{target} was written with {size} bytes but is found with another size")
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _kind(path: Path) -> str:
+    """Tell the format of a file from its first bytes; refuse with a sentence what is not a weight file."""
+    _check_regular(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be opened: {error.strerror}; {EXPECTED}") from error
+    if head.startswith(b"PK"):
+        return "torch_zip"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
+        return "safetensors"
+    if _LEGACY_MAGIC in head[:20]:
+        return "torch_legacy"
+    raise CheckpointError(f"{path} {_looks_like(path, head)}; {EXPECTED}")
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what has no content to look at."""
+    if path.is_dir():
+        is_diffusers = (path / "model_index.json").exists() or (path / "config.json").exists()
+        what = "a diffusers folder, not one file" if is_diffusers else "a folder"
+        raise CheckpointError(f"{path} is {what}; {EXPECTED}")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; {EXPECTED}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file; {EXPECTED}")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty, as an interrupted download leaves behind; {EXPECTED}")
+
+
+def _looks_like(path: Path, head: bytes) -> str:
+    """Say what a file without tensors appears to be."""
+    for pattern, what in _LOOKS:
+        if re.match(pattern, head):
+            return what
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        with path.open("rb") as file:
+            foreign = _foreign(_globals_of(file))
+        return "is a plain Python pickle" + (f" that asks to run {foreign[0]}" if foreign else "")
+    if head[257:262] == b"ustar":
+        return "is a tar archive"
+    return f"is of an unknown format (it starts with {head[:16]!r})"
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Parse the JSON header of a safetensors file and hold it against the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length)
+    if len(raw) < length:
+        raise CheckpointError(
+            f"{path} is a truncated safetensors file: {size} bytes, its header alone needs {8 + length}; "
+            "download or copy it again"
+        )
+    try:
+        header = json.loads(raw)
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+        _ = [tuple(map(int, entry["shape"])) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path} is a safetensors file with a damaged header; {EXPECTED}") from error
+    if size != end:
+        state = "truncated" if size < end else "damaged"
+        raise CheckpointError(
+            f"{path} is a {state} safetensors file: {size} bytes, its header promises {end}; "
+            "download or copy it again"
+        )
+    return header
+
+
+def _load_torch(path: Path, kind: str) -> object:
+    """Unpickle a torch file with torch's restricted unpickler, foreign names replaced by empty stand-ins."""
+    names = _zip_globals(path) if kind == "torch_zip" else _legacy_globals(path)
+    inert: list[Any] = [
+        (_InertDict if name.lower().endswith("dict") else _Inert, name) for name in names if _is_inert(name)
+    ]
+    # torch takes the name .safetensors for the format; an open file has no name, but is not mapped either.
+    is_mapped = kind == "torch_zip" and not path.name.endswith(".safetensors")
+    try:
+        with path.open("rb") as file, torch.serialization.safe_globals(inert):
+            return torch.load(
+                path if is_mapped else file, map_location="cpu", weights_only=True, mmap=is_mapped
+            )
+    except Exception as error:
+        raise CheckpointError(f"{path} {_why_refused(names, error)}") from error
+
+
+def _why_refused(names: list[str], error: Exception) -> str:
+    """Name the global that torch would not load; without one the file is damaged."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    foreign = _foreign(names)
+    if found:
+        culprit = found[1] if "." in found[1] else f"builtins.{found[1]}"
+    elif "operand" in str(error) and foreign:
+        culprit = foreign[0]
+    else:
+        return f"is a damaged or unusual torch file ({_first_line(error)}); {EXPECTED}, saved with torch.save"
+    return f"is a torch file that asks for {culprit}, which may run code, and was not read; {EXPECTED}"
+
+
+def _zip_globals(path: Path) -> list[str]:
+    """Return the names that a torch zip would import, after checking that it is one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            _check_zip(path, entries)
+            record = next(entry for entry in entries if _is_pickle(entry))
+            with archive.open(record) as file:
+                return _globals_of(file)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a truncated or damaged zip; download or copy it again") from error
+
+
+def _is_pickle(entry: zipfile.ZipInfo) -> bool:
+    return re.fullmatch(r"[^/]+/data\.pkl", entry.filename) is not None
+
+
+def _check_zip(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Refuse zip files that torch did not write as plain tensors."""
+    if not any(_is_pickle(entry) for entry in entries):
+        first = f"it holds {entries[0].filename}" if entries else "it is empty"
+        raise CheckpointError(f"{path} is a zip file but not a torch file ({first}); {EXPECTED}")
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(f"{path} is a TorchScript program, not weights; {EXPECTED}")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        # Memory-mapping would read the compressed bytes as if they were the numbers.
+        raise CheckpointError(f"{path} is a torch file that was compressed again; save it with torch.save")
+
+
+def _legacy_globals(path: Path) -> list[str]:
+    """Return the names that a pre-zip torch file would import: magic, protocol, system, then the object."""
+    with path.open("rb") as file:
+        return [name for _ in range(4) for name in _globals_of(file)]
+
+
+def _globals_of(file: IO[bytes]) -> list[str]:
+    """List the globals of the next pickle without running it; a damaged one gives those before the damage."""
+    names: list[str] = []
+    try:
+        names.extend(_walk_globals(file))
+    except Exception as error:  # whatever the parser stumbles over: torch then refuses the file itself
+        log.debug("pickle ends early: %s", error)
+    return names
+
+
+def _walk_globals(file: IO[bytes]) -> Iterator[str]:
+    """Yield each global of a pickle; protocol 4 takes both names from the stack, so strings are followed."""
+    texts: list[str] = []
+    memo: dict[int, str] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            module, _, name = str(argument).partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            yield f"{module}.{name}"
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(texts[-2:])
+        elif opcode.name == "MEMOIZE" or opcode.name.endswith("PUT"):
+            memo[len(memo) if argument is None else argument] = texts[-1] if texts else ""
+        elif opcode.name.endswith("GET"):
+            texts.append(memo.get(int(argument or 0), ""))
+        elif isinstance(argument, str):
+            texts.append(argument)
+
+
+def _is_inert(name: str) -> bool:
+    return name.startswith(_INERT_PACKAGES) or _INERT_NAMES.fullmatch(name) is not None
+
+
+def _foreign(names: list[str]) -> list[str]:
+    usual = re.compile(
+        r"torch\._utils\.|torch\.storage\.|_codecs\.encode$|torch\.\w*Storage$|collections\.OrderedDict$"
+    )
+    return [name for name in names if not usual.match(name) and not _is_inert(name)]
+
+
+def _first_line(error: Exception) -> str:
+    # torch wraps the reason in advice to load the file unsafely, which is not passed on.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return (text.splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
+
+
+def _tensors_of(payload: object, path: Path) -> dict[str, Tensor]:
+    """Open the wrappers around a state dict and keep its tensors."""
+    for _ in range(3):  # bounded, because a pickle can hold itself
+        payload = _unwrapped(payload)
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{path} holds a {type(payload).__name__}, not tensors by name; {EXPECTED}")
+    named = ((name, value) for name, value in payload.items() if isinstance(name, str))
+    tensors = {name: value.detach() for name, value in named if isinstance(value, Tensor)}
+    if not tensors:
+        names = ", ".join(str(name) for name in list(payload)[:4])
+        what = "an optimizer state" if "param_groups" in payload else f"no tensors, only {names or 'nothing'}"
+        raise CheckpointError(f"{path} holds {what}; {EXPECTED}")
+    if len(tensors) < len(payload):
+        log.debug("%s: left out %d entries that are not tensors", path, len(payload) - len(tensors))
+    return tensors
+
+
+def _unwrapped(payload: object) -> object:
+    if isinstance(payload, dict):
+        for name in ("state_dict", "model", "module"):
+            if isinstance(payload.get(name), dict):
+                return payload[name]
+    return payload
+
+
+def _check_request(target: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+    """Refuse what cannot be written before a byte is."""
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target} cannot be written: {target.parent} is not a folder; create it first")
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; give the name of a file to write")
+    if not tensors:
+        raise CheckpointError(f"{target} was not written: there are no tensors to write")
+    for name, value in notes.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise CheckpointError(f"metadata {name!r} is {type(value).__name__}; expected text for text")
+    needed = _MARGIN
+    for name in tensors:
+        _check_tensor(name, tensors[name])
+        needed += tensors[name].nbytes
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{target} needs {needed / 1e9:.3f} GB but {target.parent} has {free / 1e9:.3f} GB free; "
+            "free some space or choose another folder"
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(name, str) or name == "__metadata__":
+        raise CheckpointError(f"{name!r} cannot name a tensor; expected text other than __metadata__")
+    if tensor.dtype not in DTYPE_CODES or tensor.layout != torch.strided:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
+        raise CheckpointError(f"{name} is {tensor.dtype}, {tensor.layout}; expected strided {known}")
+    if tensor.is_meta:
+        raise CheckpointError(f"{name} is on the meta device and has no data to write; fill it first")
+
+
+def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+    """Lay the file out as the format says: header length, JSON padded with spaces to 8 bytes, raw data."""
+    # Wide elements first, so that every tensor starts at a multiple of its element size.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    offsets, end = {}, 0
+    for name in names:
+        offsets[name] = [end, end + tensors[name].nbytes]
+        end += tensors[name].nbytes
+    header: dict[str, Any] = {"__metadata__": notes} if notes else {}
+    for name in tensors:
+        tensor = tensors[name]
+        dtype, shape = DTYPE_CODES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets[name]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for name in names:
+        file.write(_raw(tensors[name]))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """View the elements as bytes in row order, copied only if they lie elsewhere or otherwise."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+    """Save tensors with storages of their own: torch would write a shared or larger storage whole."""
+    seen: set[int] = set()
+    state = {}
+    for name in tensors:
+        tensor = tensors[name].detach().cpu()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+        state[name] = tensor
+    torch.save({"state_dict": state} | ({"metadata": notes} if notes else {}), file)
+
+
+def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Open what was written and compare names, types and shapes, before it takes the place of anything."""
+    found = {name: (value.dtype, value.shape) for name, value in read_tensors(path).items()}
+    if found != {name: (tensors[name].dtype, tensors[name].shape) for name in tensors}:
+        raise CheckpointError(f"{path} does not hold what was written to it; check the disk")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where folders can be opened (not on Windows)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

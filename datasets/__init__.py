@@ -1,0 +1,82 @@
+"""The data sets by name. Importing this loads no data set, no numpy and no torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class Dataset(Protocol):
+    """What a torch DataLoader needs of a data set."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Mapping[str, object]:
+        """One sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One row of the registry."""
+
+    module: str  # inside this package
+    class_name: str
+    default_root: str
+    expected: tuple[str, ...]  # what the root must hold
+    source: str  # where it is obtained
+    label_space: str | None  # a name for LabelSpace.load; None without label maps
+
+    def load(self) -> Callable[..., Dataset]:
+        """The class, imported now."""
+        return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.class_name)
+
+
+DATASETS: dict[str, DatasetEntry] = {
+    "cityscapes": DatasetEntry(
+        module="cityscapes",
+        class_name="CityscapesDataset",
+        default_root="data/cityscapes",
+        expected=("leftImg8bit", "gtFine"),
+        source="https://www.cityscapes-dataset.com/",
+        label_space="cityscapes",
+    ),
+    "fill50k": DatasetEntry(
+        module="fill50k",
+        class_name="Fill50kDataset",
+        default_root="training/fill50k",
+        expected=("prompt.json", "source", "target"),
+        source="https://huggingface.co/lllyasviel/ControlNet/tree/main/training",
+        label_space=None,
+    ),
+}
+
+
+def find_entry(name: str) -> DatasetEntry:
+    """The registry row of a data set; an unknown name is answered with the near one."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        suggestion = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}.{suggestion}")
+    return DATASETS[name]
+
+
+def create_dataset(name: str, **kwargs: object) -> Dataset:
+    """A data set by name, at its default root unless `root` is given."""
+    entry = find_entry(name)
+    return entry.load()(**{"root": entry.default_root, **kwargs})
+
+
+def missing_paths(name: str, root: str | Path | None = None) -> list[Path]:
+    """What a data set needs and the root does not hold; looks at names only, so it costs nothing."""
+    entry = find_entry(name)
+    folder = Path(entry.default_root if root is None else root)
+    if not folder.is_dir():
+        return [folder]
+    return [folder / name for name in entry.expected if not (folder / name).exists()]

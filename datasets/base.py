@@ -1,0 +1,202 @@
+"""What every data set hands out, and the steps that all segmentation data sets share.
+
+Samples are numpy arrays and strings: torch's DataLoader and its default collate take them as they
+are, so nothing here needs torch. A new data set says where its files are and which ids they hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypedDict
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.label_space import Ids, LabelSpace, Rgb, Size, read_image, read_labels, resize_labels
+
+log = logging.getLogger(__name__)
+
+SIZE_STEP = 64  # 8x of the VAE times 8x of the UNet
+SHAPE_TOLERANCE = 0.01  # of height / width, between a photo and its label map
+
+
+class LabelSample(TypedDict):
+    """A label map without a photo: enough to generate from."""
+
+    hint: NDArray[np.float32]  # (H, W, C) in [0, 1]
+    txt: str
+    label: NDArray[np.int64]  # (H, W) train ids, 255 = void
+    key: str
+
+
+class Sample(LabelSample):
+    """A photo with its label map: enough to train on."""
+
+    jpg: NDArray[np.float32]  # (H, W, 3) in [-1, 1]
+
+
+class ControlSample(TypedDict):
+    """A photo with a hint that is no label map."""
+
+    jpg: NDArray[np.float32]  # (H, W, 3) in [-1, 1]
+    hint: NDArray[np.float32]  # (H, W, 3) in [0, 1]
+    txt: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A photo and the label map of the same frame."""
+
+    key: str
+    image: Path
+    labels: Path
+
+
+class SegmentationDataset:
+    """Photos paired with label maps by stem, at one size.
+
+    A concrete data set sets `label_space`, `layout` and `source`, and implements `find_photos`,
+    `find_label_maps` and `splits`; it overrides `read_train_ids` where its files are not plain file ids.
+    """
+
+    label_space: ClassVar[str]  # a name for LabelSpace.load
+    layout: ClassVar[str]  # the files that belong to a split, for errors
+    source: ClassVar[str]  # where the data set is obtained
+
+    def __init__(self, root: str | Path, split: str, *, size: Size, prompt: str) -> None:
+        """Find the pairs of `split`; none is an error, files without a partner are left out."""
+        self.root = Path(root)
+        self.split = split
+        self.size = check_size(size)
+        self.prompt = prompt
+        self.space = LabelSpace.load(self.label_space)
+        self.pairs = self._find_pairs()
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One pair as a sample, at the size of the data set."""
+        pair = self.pairs[index]
+        image, ids = read_image(pair.image), self.read_train_ids(pair.labels)
+        _check_same_frame(image, ids, pair)
+        labels = label_sample(ids, self.size, self.space, txt=self.prompt, key=pair.key)
+        return {"jpg": to_signed(resize_image(image, self.size)), **labels}
+
+    @classmethod
+    def find_photos(cls, root: Path, split: str) -> dict[str, Path]:
+        """Photo by stem, of this split only."""
+        raise NotImplementedError
+
+    @classmethod
+    def find_label_maps(cls, root: Path, split: str) -> dict[str, Path]:
+        """Label map by stem, of this split only."""
+        raise NotImplementedError
+
+    @classmethod
+    def splits(cls, root: Path) -> list[str]:
+        """Names of the splits that are on disk."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_train_ids(cls, path: Path) -> Ids:
+        """Checked train ids of one label file."""
+        return LabelSpace.load(cls.label_space).to_train_ids(read_labels(path), where=str(path))
+
+    @classmethod
+    def label_maps(cls, root: str | Path, split: str = "val") -> dict[str, Path]:
+        """Label map by stem, with or without a photo: what to generate from."""
+        found = cls.find_label_maps(Path(root), split)
+        if not found:
+            raise FileNotFoundError(cls._nothing_found(Path(root), split, "0 label maps"))
+        return dict(sorted(found.items()))
+
+    def _find_pairs(self) -> list[Pair]:
+        photos = self.find_photos(self.root, self.split)
+        maps = self.find_label_maps(self.root, self.split)
+        pairs = [Pair(stem, photos[stem], maps[stem]) for stem in sorted(photos.keys() & maps.keys())]
+        if not pairs:
+            found = f"{len(photos)} photos and {len(maps)} label maps, of which 0 share a stem"
+            raise FileNotFoundError(self._nothing_found(self.root, self.split, found))
+        _warn_of_unpaired("photos have no label map", photos, maps)
+        _warn_of_unpaired("label maps have no photo", maps, photos)
+        return pairs
+
+    @classmethod
+    def _nothing_found(cls, root: Path, split: str, found: str) -> str:
+        present = ", ".join(cls.splits(root)) or "none"
+        return (
+            f"{root}: expected {cls.layout.format(split=split)}, found {found} (splits on disk: {present})."
+            f" Set the data root to the folder that holds them; the data are at {cls.source}"
+        )
+
+
+def check_size(size: Size) -> Size:
+    """The size itself, if both sides are positive multiples of 64."""
+    height, width = (int(side) for side in size)
+    valid = tuple(max(1, (side + SIZE_STEP // 2) // SIZE_STEP) * SIZE_STEP for side in (height, width))
+    if (height, width) != valid:
+        raise ValueError(
+            f"size {height}x{width}: height and width must be multiples of {SIZE_STEP};"
+            f" the nearest valid size is {valid[0]}x{valid[1]} (height x width)."
+        )
+    return height, width
+
+
+def resize_image(image: Rgb, size: Size) -> Rgb:
+    """An image at (H, W), without aliasing: sides that shrink are averaged, sides that grow interpolated."""
+    height, width = size
+    inner = (min(image.shape[0], height), min(image.shape[1], width))
+    if image.shape[:2] != inner:
+        image = np.asarray(cv2.resize(image, inner[::-1], interpolation=cv2.INTER_AREA), np.uint8)
+    if inner != (height, width):
+        image = np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    return image
+
+
+def to_signed(image: Rgb) -> NDArray[np.float32]:
+    """0..255 to [-1, 1], the range of the VAE."""
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def label_sample(ids: Ids, size: Size, space: LabelSpace, *, txt: str, key: str) -> LabelSample:
+    """Hint and label at (H, W) from checked train ids of any size."""
+    ids = resize_labels(ids, check_size(size))
+    return {"hint": space.hint(ids), "txt": txt, "label": ids.astype(np.int64), "key": key}
+
+
+def index_by_stem(paths: Iterable[Path], suffix: str) -> dict[str, Path]:
+    """Files by their name without `suffix`; the same stem twice is an error, hidden files are skipped."""
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        stem = path.name.removesuffix(suffix)
+        if path.name.startswith("."):  # macOS leaves "._name.png" beside "name.png"
+            continue
+        if stem in found:
+            raise ValueError(
+                f"expected one file for {stem}, found {found[stem]} and {path}; remove or rename one of them."
+            )
+        found[stem] = path
+    return found
+
+
+def _warn_of_unpaired(what: str, files: Mapping[str, Path], others: Mapping[str, Path]) -> None:
+    alone = sorted(files.keys() - others.keys())
+    if alone:
+        first = files[alone[0]]
+        log.warning("%d of %d %s and are left out; the first is %s", len(alone), len(files), what, first)
+
+
+def _check_same_frame(image: Rgb, ids: Ids, pair: Pair) -> None:
+    (h, w), (H, W) = image.shape[:2], ids.shape
+    if abs(h * W / (w * H) - 1) > SHAPE_TOLERANCE:
+        raise ValueError(
+            f"{pair.labels}: expected a map in the shape of its photo ({h}x{w}, {pair.image}), found {H}x{W};"
+            " one of the two was cropped or turned."
+        )

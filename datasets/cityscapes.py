@@ -1,0 +1,74 @@
+"""Cityscapes, and anything written in its tree: leftImg8bit and gtFine by split and city."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets.base import SegmentationDataset, index_by_stem
+from datasets.label_space import Ids, LabelSpace, Size, read_labels
+
+PHOTO = "_leftImg8bit.png"
+LABEL_IDS = "_gtFine_labelIds.png"
+TRAIN_IDS = "_gtFine_labelTrainIds.png"
+
+
+class CityscapesDataset(SegmentationDataset):
+    """Street scenes with 19 classes.
+
+    `labelTrainIds` files are used where somebody made them; the download has only `labelIds`, from
+    which they are derived. Photos and maps pair by city and frame number.
+    """
+
+    label_space = "cityscapes"
+    layout = "leftImg8bit/{split}/<city>/*_leftImg8bit.png and gtFine/{split}/<city>/*_gtFine_labelIds.png"
+    source = "https://www.cityscapes-dataset.com/"
+
+    def __init__(
+        self,
+        root: str | Path = "data/cityscapes",
+        split: str = "train",
+        size: Size = (512, 1024),
+        prompt: str = "City road scenes.",
+    ) -> None:
+        """Pair the photos and maps of `split`; `size` is (H, W), `prompt` is every frame's text."""
+        super().__init__(root, split, size=size, prompt=prompt)
+
+    @classmethod
+    def find_photos(cls, root: Path, split: str) -> dict[str, Path]:
+        """Photo by stem (`aachen_000000_000019`)."""
+        return index_by_stem((root / "leftImg8bit" / split).glob(f"*/*{PHOTO}"), PHOTO)
+
+    @classmethod
+    def find_label_maps(cls, root: Path, split: str) -> dict[str, Path]:
+        """Label map by stem; the train-id file of a frame wins over its file of label ids."""
+        folder = root / "gtFine" / split
+        derived = index_by_stem(folder.glob(f"*/*{LABEL_IDS}"), LABEL_IDS)
+        ready = index_by_stem(folder.glob(f"*/*{TRAIN_IDS}"), TRAIN_IDS)
+        maps = derived | ready
+        if split == "test":
+            cls._refuse_withheld(root, maps)
+        return maps
+
+    @classmethod
+    def splits(cls, root: Path) -> list[str]:
+        """Folders of leftImg8bit and gtFine."""
+        folders = [*(root / "leftImg8bit").glob("*/"), *(root / "gtFine").glob("*/")]
+        return sorted({folder.name for folder in folders if folder.is_dir()})
+
+    @classmethod
+    def read_train_ids(cls, path: Path) -> Ids:
+        """Train ids of a `labelTrainIds` file as it is, of any other file from its label ids."""
+        space = LabelSpace.load(cls.label_space)
+        convert = space.check_train_ids if path.stem.endswith("_labelTrainIds") else space.to_train_ids
+        return convert(read_labels(path), where=str(path))
+
+    @classmethod
+    def _refuse_withheld(cls, root: Path, maps: dict[str, Path]) -> None:
+        """The benchmark keeps its test labels: the download has none, or maps that are void all over."""
+        folder = root / "gtFine" / "test"
+        advice = "The benchmark withholds the test labels: use split 'val'."
+        if not maps:
+            raise FileNotFoundError(f"{folder}: expected label maps of split 'test', found none. {advice}")
+        first = min(maps.values())
+        if (cls.read_train_ids(first) == LabelSpace.void).all():
+            raise ValueError(f"{folder}: expected label maps with classes, {first} is all void. {advice}")

@@ -1,0 +1,276 @@
+"""Label maps: which ids a data set knows, their colours, and how maps are read and resized.
+
+A label map stays a map of ids from the file to the network. File ids become train ids 0..K-1 with
+void = 255 in one table lookup; colours are painted from train ids, never resized or averaged.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Ids = NDArray[np.uint8]  # (H, W) train ids, 255 = void
+RawIds = NDArray[np.integer]  # (H, W) ids as a file holds them
+Rgb = NDArray[np.uint8]  # (H, W, 3)
+Size = tuple[int, int]  # (H, W)
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+PALETTES = Path(__file__).parent / "palettes"
+LABEL_FORMATS = ("PNG", "BMP", "TIFF")
+LABEL_MODES = ("P", "L", "I", "I;16", "I;16B")
+_UNKNOWN = 254  # table entry of ids that the label space does not have; no data set has 254 classes
+_SHOWN = 5  # offenders that an error lists
+
+
+@dataclass(frozen=True, eq=False)
+class LabelSpace:
+    """The classes of a data set, one row for each file id of its palette table.
+
+    Several file ids may share a train id (all void classes do) or a colour (pole and polegroup).
+    `names`, `file_ids` and `colours` are in train-id order and hold the K scored classes only.
+    """
+
+    name: str
+    row_ids: tuple[int, ...]
+    row_train_ids: tuple[int, ...]
+    row_names: tuple[str, ...]
+    row_colours: tuple[tuple[int, int, int], ...]
+
+    void: ClassVar[int] = 255
+
+    @classmethod
+    def load(cls, name: str) -> LabelSpace:
+        """The label space of `palettes/<name>.tsv`; the same object on every call."""
+        return _load(name)
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of train ids without void."""
+        return len(self._rows)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Class names, by train id."""
+        return tuple(self.row_names[row] for row in self._rows)
+
+    @cached_property
+    def file_ids(self) -> tuple[int, ...]:
+        """The file id of each train id."""
+        return tuple(self.row_ids[row] for row in self._rows)
+
+    @cached_property
+    def colours(self) -> Rgb:
+        """(K, 3) colours, by train id."""
+        return self._colour_table[: self.num_classes]
+
+    def to_train_ids(self, label_ids: RawIds, where: str) -> Ids:
+        """Train ids of a map of file ids; `where` names the file in an error.
+
+        A negative id counts as void in both spellings: -1, and the 255 that uint8 makes of it.
+        """
+        return self._translate(self._train_id_table, label_ids, where, "label ids")
+
+    def check_train_ids(self, train_ids: RawIds, where: str) -> Ids:
+        """The same map as uint8, if it holds only 0..K-1 and void; ValueError if not."""
+        return self._translate(self._identity_table, train_ids, where, "train ids")
+
+    def paint(self, train_ids: RawIds) -> Rgb:
+        """(H, W, 3) colours of a map of train ids; void is black."""
+        return np.take(self._colour_table, self.check_train_ids(train_ids, "paint"), axis=0)
+
+    def hint(self, train_ids: Ids) -> NDArray[np.float32]:
+        """(H, W, 3) colours in [0, 1] of checked train ids, in one lookup."""
+        return np.take(self._hint_table, train_ids, axis=0)
+
+    def from_colours(self, rgb: Rgb, where: str) -> Ids:
+        """Train ids of a painted map; only exact colours count.
+
+        Where classes share a colour the scored one wins over void, then the lower train id: in
+        Cityscapes a licence plate reads as car and a polegroup as pole. Black and the colours of
+        void classes (dynamic, parking, ...) read as void.
+        """
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+            raise ValueError(f"{where}: expected uint8 colours (H, W, 3), found {rgb.dtype} {rgb.shape}.")
+        known, train_ids = self._colour_codes
+        codes = _colour_codes(rgb)
+        slots = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        strange = known[slots] != codes
+        if strange.any():
+            raise ValueError(self._strange_colours(rgb[strange], where))
+        return train_ids[slots]
+
+    def _strange_colours(self, pixels: NDArray[np.uint8], where: str) -> str:
+        colours, counts = np.unique(pixels, axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")[:_SHOWN]
+        shown = ", ".join(f"({r}, {g}, {b})" for r, g, b in colours[order].tolist())
+        return (
+            f"{where}: expected the colours of {self.name}, found {len(pixels)} pixels in {len(colours)}"
+            f" other colours, most often {shown}. Resizing and JPEG blend colours: use the original PNG."
+        )
+
+    def _translate(self, table: Ids, ids: RawIds, where: str, kind: str) -> Ids:
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{where}: expected an integer map (H, W), found {ids.dtype} {ids.shape}.")
+        translated = np.take(table, ids.astype(np.uint8, copy=False))  # -1 wraps to 255, which is void
+        strange = translated == _UNKNOWN
+        if ids.dtype != np.uint8:
+            strange |= (ids < -1) | (ids > 255)
+        if strange.any():
+            found = np.unique(ids[strange])
+            shown = ", ".join(map(str, found[:_SHOWN])) + (", ..." if len(found) > _SHOWN else "")
+            valid = np.flatnonzero(table != _UNKNOWN)
+            raise ValueError(
+                f"{where}: expected {self.name} {kind} {_ranges(valid.tolist())}, found {shown} in"
+                f" {int(strange.sum())} pixels. Check that the map belongs to {self.name} and holds {kind}."
+            )
+        return translated
+
+    @cached_property
+    def _rows(self) -> tuple[int, ...]:
+        """The first row of each train id."""
+        num_classes = len(set(self.row_train_ids) - {self.void})
+        return tuple(self.row_train_ids.index(k) for k in range(num_classes))
+
+    @cached_property
+    def _train_id_table(self) -> Ids:
+        table = np.full(256, _UNKNOWN, np.uint8)
+        table[np.array(self.row_ids) % 256] = self.row_train_ids
+        return _frozen(table)
+
+    @cached_property
+    def _identity_table(self) -> Ids:
+        table = np.full(256, _UNKNOWN, np.uint8)
+        table[: self.num_classes] = np.arange(self.num_classes)
+        table[self.void] = self.void
+        return _frozen(table)
+
+    @cached_property
+    def _colour_table(self) -> Rgb:
+        table = np.zeros((256, 3), np.uint8)
+        table[: self.num_classes] = [self.row_colours[row] for row in self._rows]
+        return _frozen(table)
+
+    @cached_property
+    def _hint_table(self) -> NDArray[np.float32]:
+        return _frozen(self._colour_table.astype(np.float32) / 255)
+
+    @cached_property
+    def _colour_codes(self) -> tuple[NDArray[np.uint32], Ids]:
+        """Known colours as sorted codes, and the train id of each."""
+        rows = [((0, 0, 0), self.void), *zip(self.row_colours, self.row_train_ids, strict=True)]
+        winners: dict[int, int] = {}
+        for (r, g, b), train_id in rows:
+            code = r << 16 | g << 8 | b
+            winners[code] = min(train_id, winners.get(code, self.void))  # void is the largest id
+        codes = sorted(winners)
+        return (
+            _frozen(np.array(codes, np.uint32)),
+            _frozen(np.array([winners[code] for code in codes], np.uint8)),
+        )
+
+
+def read_labels(path: str | Path) -> RawIds:
+    """The (H, W) ids that a lossless label file holds; of a palette file the indices, not the colours.
+
+    The format is taken from the content, so a JPEG that is named .png is refused.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_label_file(image, path)
+            return np.array(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:  # what Pillow raises for a foreign, a cut and a damaged file
+        raise ValueError(f"{path}: expected a label map that decodes, found {error}. Replace it.") from error
+
+
+def read_image(path: str | Path) -> Rgb:
+    """An image file as RGB; greyscale is repeated, alpha dropped, deeper than 8 bits scaled down."""
+    # Label maps are drawn on the stored pixels, so a camera's orientation tag must not turn the photo.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    content = np.fromfile(path, np.uint8)
+    try:
+        bgr = cv2.imdecode(content, flags) if content.size else None
+    except cv2.error:
+        bgr = None
+    if bgr is None:
+        raise ValueError(f"{path}: expected an image, found {content.size} bytes that are none. Replace it.")
+    return np.ascontiguousarray(bgr[..., ::-1], np.uint8)
+
+
+def resize_labels(ids: NDArray[Scalar], size: Size) -> NDArray[Scalar]:
+    """The id nearest to each pixel centre of an (H, W) grid; equal to torch's `nearest-exact`."""
+    rows, columns = (_nearest(n, m) for n, m in zip(ids.shape, size, strict=True))
+    return ids[rows[:, None], columns]
+
+
+def _nearest(n: int, m: int) -> NDArray[np.intp]:
+    """Source index, of n, for each of m pixels; float32 as torch has it, so ties fall alike."""
+    centres = (np.arange(m, dtype=np.float32) + np.float32(0.5)) * (np.float32(n) / np.float32(m))
+    return np.minimum(centres.astype(np.intp), n - 1)
+
+
+def _check_label_file(image: Image.Image, path: str | Path) -> None:
+    compression = str(image.info.get("compression", "none"))  # TIFF alone can hold lossy pixels
+    if image.format not in LABEL_FORMATS or "jpeg" in compression or "webp" in compression:
+        raise ValueError(
+            f"{path}: expected a lossless label map ({', '.join(LABEL_FORMATS)}), found {image.format}"
+            f" content (compression {compression}); lossy files change ids: make it again from its source."
+        )
+    if image.mode in ("RGB", "RGBA"):
+        raise ValueError(
+            f"{path}: expected a map of ids, found a colour map (mode {image.mode});"
+            " turn it into train ids with LabelSpace.from_colours."
+        )
+    if image.mode not in LABEL_MODES:
+        raise ValueError(
+            f"{path}: expected one channel of ids (mode {', '.join(LABEL_MODES)}), found mode {image.mode};"
+            " save it as 8-bit greyscale."
+        )
+
+
+@cache
+def _load(name: str) -> LabelSpace:
+    path = PALETTES / f"{name}.tsv"
+    known = sorted(file.stem for file in PALETTES.glob("*.tsv"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown label space {name!r}: {PALETTES} holds {', '.join(known)}{hint}")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    train_ids = [int(row["trainId"]) for row in rows]
+    return LabelSpace(
+        name=name,
+        row_ids=tuple(int(row["id"]) for row in rows),
+        row_train_ids=tuple(LabelSpace.void if train_id < 0 else train_id for train_id in train_ids),
+        row_names=tuple(row["name"] for row in rows),
+        row_colours=tuple((int(row["R"]), int(row["G"]), int(row["B"])) for row in rows),
+    )
+
+
+def _colour_codes(rgb: Rgb) -> NDArray[np.uint32]:
+    r, g, b = (rgb[..., c].astype(np.uint32) for c in range(3))
+    return np.asarray(r << 16 | g << 8 | b, np.uint32)
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """'0..18, 255' for a sorted list."""
+    starts = [v for v in values if v - 1 not in values]
+    ends = [v for v in values if v + 1 not in values]
+    return ", ".join(f"{a}..{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True))
+
+
+def _frozen(array: NDArray) -> NDArray:
+    array.setflags(write=False)  # label spaces are shared
+    return array

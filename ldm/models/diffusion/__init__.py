@@ -1,0 +1,1 @@
+"""Schedule, guidance, samplers and the training module."""

@@ -1,0 +1,179 @@
+"""The training module of a latent diffusion model; `cldm.cldm.ControlLDM` adds the control branch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.models.diffusion.schedule import NoiseSchedule, make_betas
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+Cond = dict[str, Any]
+"""`c_crossattn`: [text (B, L, D)], `c_concat`: [hint (B, C, H, W)] or None."""
+
+
+class DiffusionWrapper(nn.Module):
+    """Gives the UNet the name that checkpoints know it by, `model.diffusion_model`."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.diffusion_model = unet
+
+
+class LatentDiffusion(NoiseSchedule, pl.LightningModule):
+    """Diffusion in the latent space of a frozen autoencoder, conditioned on frozen text embeddings.
+
+    The parameters are those of the published model YAML files. Latents are "times scale_factor" everywhere
+    but inside the autoencoder.
+    """
+
+    unused_params: ClassVar[frozenset[str]] = frozenset(
+        {
+            "num_timesteps_cond",
+            "log_every_t",
+            "image_size",
+            "channels",
+            "conditioning_key",
+            "monitor",
+            "use_ema",
+            "ckpt_path",
+            "ignore_keys",
+            "clip_denoised",
+            "given_betas",
+            "loss_type",
+        }
+    )
+    fixed_params: ClassVar[dict[str, Any]] = {
+        "cond_stage_trainable": False,
+        "learn_logvar": False,
+        "scale_by_std": False,
+        "v_posterior": 0.0,
+    }
+
+    def __init__(
+        self,
+        *,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any],
+        first_stage_key: str = "jpg",
+        cond_stage_key: str = "txt",
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        linear_start: float = 0.00085,
+        linear_end: float = 0.0120,
+        scale_factor: float = 0.18215,
+        parameterization: str = "eps",
+    ) -> None:
+        super().__init__()
+        if parameterization not in ("eps", "v"):
+            raise ValueError(f"parameterization must be 'eps' or 'v', found {parameterization!r}")
+        self.parameterization = parameterization
+        self.first_stage_key = first_stage_key
+        self.cond_stage_key = cond_stage_key
+        self.scale_factor = scale_factor
+        self.learning_rate = 1e-5
+        self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
+        self.model = DiffusionWrapper(instantiate_from_config(unet_config))
+        self.first_stage_model = instantiate_from_config(first_stage_config)
+        self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        self.frozen_modules: Sequence[nn.Module] = (self.first_stage_model, self.cond_stage_model)
+        for module in self.frozen_modules:
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Switch the mode of what is trained; the first stage and the text encoder stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen_modules:
+            module.eval()
+        return self
+
+    # -- data to latents and back ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, image: Tensor) -> DiagonalGaussianDistribution:
+        """(B, 3, H, W) in [-1, 1] -> distribution of the latent, not scaled."""
+        return self.first_stage_model.encode(image)
+
+    def get_first_stage_encoding(self, posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
+        """Draw a latent (B, C, h, w) and scale it; a tensor is taken as the draw."""
+        z = posterior if isinstance(posterior, Tensor) else posterior.sample()
+        return self.scale_factor * z
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Latent (B, C, h, w) -> image (B, 3, H, W), about [-1, 1]."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    @torch.no_grad()
+    def get_learned_conditioning(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> (B, L, D), L = 77 for each chunk that the longest of them needs."""
+        return self.cond_stage_model(list(texts))
+
+    def get_input(self, batch: Batch, k: str, bs: int | None = None) -> tuple[Tensor, Cond]:
+        """Latent and condition of a batch whose image (B, H, W, 3) in [-1, 1] has the key `k`.
+
+        bs  use the first `bs` samples only
+        """
+        image = channels_first(batch[k][:bs], self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(image)).to(image.dtype)
+        return z, {"c_crossattn": [self.get_learned_conditioning(batch[self.cond_stage_key][:bs])]}
+
+    # -- training ----------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch at random noise levels (Ho et al. 2020, Algorithm 1)."""
+        x_start, cond = self.get_input(batch, self.first_stage_key)
+        t = torch.randint(self.num_timesteps, (len(x_start),), device=x_start.device)
+        loss, logs = self.p_losses(x_start, cond, t, torch.randn_like(x_start))
+        self.log_dict(logs, prog_bar=True, batch_size=len(x_start))
+        return loss
+
+    def p_losses(
+        self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the prediction at noise levels `t`, and what to log."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        target = noise if self.parameterization == "eps" else self.get_v(x_start, noise, t)
+        loss = F.mse_loss(prediction.float(), target.float())
+        return loss, {f"{'train' if self.training else 'val'}/loss_simple": loss.detach()}
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the network predicts, eps or v: x_noisy (B, C, h, w), t (B,) -> (B, C, h, w)."""
+        return self.model.diffusion_model(x_noisy, t, join_context(cond["c_crossattn"]))
+
+    def predict_eps(self, x: Tensor, t: int, cond: Cond) -> Tensor:
+        """Noise in `x`, all of it at level `t`, whatever the network predicts."""
+        levels = torch.full((len(x),), t, device=x.device)
+        prediction = self.apply_model(x, levels, cond)
+        return prediction if self.parameterization == "eps" else self.predict_eps_from_z_and_v(x, levels, prediction)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer gets: nothing frozen."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW in one fused kernel; on a CPU five times as fast as the loop over parameters."""
+        return torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=True)
+
+
+def channels_first(images: Tensor, device: torch.device) -> Tensor:
+    """(B, H, W, C) -> contiguous (B, C, H, W) float32 on `device`."""
+    images = torch.as_tensor(images).to(device=device, dtype=torch.float32)
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def join_context(parts: Sequence[Any]) -> Any:
+    """The parts of a condition as one; a single part, also a precomputed one, is passed on as it is."""
+    return torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]

@@ -1,0 +1,1 @@
+"""UNet and VAE networks."""

@@ -1,0 +1,1 @@
+"""Text encoders of Stable Diffusion and their tokenizer."""

@@ -1,0 +1,86 @@
+"""Add a control branch to Stable Diffusion weights: the checkpoint that training starts from.
+
+    python tool_add_control.py models/v1-5-pruned.safetensors models/control_sd15_ini.safetensors
+    python tool_add_control.py BASE OUT --control models/control_v11p_sd15_seg.pth
+    python tool_add_control.py            # the Streets miniature, models/control_streets_ini.safetensors
+
+The branch starts as a copy of the UNet's encoder behind zero convolutions, so that the result computes exactly
+what the base computes; with --control it is taken from a published control file. SD1.5, SD2.1 and Streets are
+told apart by their tensors. OUT is safetensors, or a torch file when its name ends in .ckpt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STREETS = (Path("models/streets_base.safetensors"), Path("models/control_streets_ini.safetensors"))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the arguments, before anything slow is imported."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("source", type=Path, nargs="?", help="Stable Diffusion weights without a control branch")
+    parser.add_argument("target", type=Path, nargs="?", help="file to write; refused if it exists")
+    parser.add_argument("--control", type=Path, help="published control weights to take instead of the copy")
+    parser.add_argument("--config", type=Path, help="model YAML file; by default the one of the architecture")
+    parser.add_argument("--seed", type=int, default=0, help="of the hint block, which nothing is copied into")
+    args = parser.parse_args(argv)
+    if args.source is None:
+        args.source, args.target = STREETS
+        if not args.source.exists():
+            parser.error(f"without arguments the Streets base {args.source} is used, which is not here; pass IN and OUT")
+    if args.target is None:
+        parser.error("expected two files, IN and OUT; OUT is missing")
+    for path in filter(None, (args.source, args.control, args.config)):
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+    if args.target.exists():
+        parser.error(f"{args.target} exists; choose another name or remove it first")
+    if not args.target.parent.is_dir():
+        parser.error(f"the folder {args.target.parent} does not exist; create it first")
+    return args
+
+
+def describe(sources: Mapping[str, str]) -> str:
+    """Say what was copied from where and what is new, the new tensors by name."""
+    control = {key: source for key, source in sources.items() if key.startswith("control_model.")}
+    new = [key for key, source in sources.items() if source == "NEW"]
+    copied = sum(source not in ("NEW", "CONTROL") for source in control.values())
+    given = sum(source == "CONTROL" for source in control.values())
+    lines = [f"{len(sources) - len(control) - sum(k not in control for k in new)} tensors kept from the base"]
+    lines += [f"{copied} control tensors copied from the UNet's encoder"] if copied else []
+    lines += [f"{given} control tensors taken from the control file"] if given else []
+    return "\n".join([*lines, f"{len(new)} tensors new:", *(f"  {key}" for key in new)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, combine, write, report."""
+    args = parse_args(argv)
+    from omegaconf import OmegaConf
+
+    from cldm.checkpoint import detect_architecture, parts, to_model_keys
+    from cldm.model import MODEL_FILES, add_control, load_model_config, shapes_of
+    from cldm.tensor_files import CheckpointError, read_tensors, write_tensors
+
+    try:
+        base = to_model_keys(read_tensors(args.source))
+        architecture = detect_architecture(shapes_of(base), str(args.source))
+        if "control" in parts(base):
+            raise CheckpointError(f"{args.source} has a control branch already; expected weights without one")
+        config = load_model_config(args.config or MODEL_FILES[architecture])
+        control = to_model_keys(read_tensors(args.control)) if args.control else None
+        state, sources = add_control(config, base, control, args.seed)
+        write_tensors(args.target, state, {"model_config": OmegaConf.to_yaml(config)})
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"tool_add_control.py: {error}")
+    print(f"{args.source} is {architecture}")
+    print(describe(sources))
+    print(f"wrote {args.target}\ntrain from it: python tutorial_train.py --dataset NAME --resume_path {args.target}")
+
+
+if __name__ == "__main__":
+    main()
