@@ -4,9 +4,9 @@
     python tool_add_control.py BASE OUT --control models/control_v11p_sd15_seg.pth
     python tool_add_control.py            # the Streets miniature, models/control_streets_ini.safetensors
 
-The branch starts as a copy of the UNet's encoder behind zero convolutions, so that the result computes exactly
-what the base computes; with --control it is taken from a published control file. SD1.5, SD2.1 and Streets are
-told apart by their tensors. OUT is safetensors, or a torch file when its name ends in .ckpt.
+The branch starts as a copy of the UNet's encoder behind zero convolutions, so that the result computes what
+the base computes, exactly; with --control it is taken from a published control file. SD1.5, SD2.1 and Streets
+are told apart by their tensors. OUT is safetensors, or a torch file when its name ends in .ckpt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the arguments, before anything slow is imported."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("source", type=Path, nargs="?", help="Stable Diffusion weights without a control branch")
+    parser.add_argument(
+        "source", type=Path, nargs="?", help="Stable Diffusion weights without a control branch"
+    )
     parser.add_argument("target", type=Path, nargs="?", help="file to write; refused if it exists")
     parser.add_argument("--control", type=Path, help="published control weights to take instead of the copy")
     parser.add_argument("--config", type=Path, help="model YAML file; by default the one of the architecture")
@@ -32,7 +34,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.source is None:
         args.source, args.target = STREETS
         if not args.source.exists():
-            parser.error(f"without arguments the Streets base {args.source} is used, which is not here; pass IN and OUT")
+            parser.error(
+                f"without arguments the Streets base {args.source} is used, but it is not here; pass IN OUT"
+            )
     if args.target is None:
         parser.error("expected two files, IN and OUT; OUT is missing")
     for path in filter(None, (args.source, args.control, args.config)):
@@ -64,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cldm.checkpoint import detect_architecture, parts, to_model_keys
     from cldm.model import MODEL_FILES, add_control, load_model_config, shapes_of
-    from cldm.tensor_files import CheckpointError, read_tensors, write_tensors
+    from cldm.tensor_files import CheckpointError, read_tensors
+    from cldm.tensor_writing import write_tensors
 
     try:
         base = to_model_keys(read_tensors(args.source))
@@ -79,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"tool_add_control.py: {error}")
     print(f"{args.source} is {architecture}")
     print(describe(sources))
-    print(f"wrote {args.target}\ntrain from it: python tutorial_train.py --dataset NAME --resume_path {args.target}")
+    print(
+        f"wrote {args.target}\n"
+        f"train from it: python tutorial_train.py --dataset NAME --resume_path {args.target}"
+    )
 
 
 if __name__ == "__main__":

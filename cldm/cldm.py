@@ -1,8 +1,9 @@
-"""ControlNet (Zhang et al. 2023, arXiv:2302.05543): a trainable copy of the encoder behind zero convolutions."""
+"""ControlNet (Zhang et al. 2023, arXiv:2302.05543): a copy of the encoder behind zero convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,10 @@ class HintFeatures(NamedTuple):
 
 
 def build_hint_block(hint_channels: int, model_channels: int) -> nn.Sequential:
-    """Image-sized hint to latent-sized features, 8x down: three of the convolutions stride, the last is zero."""
+    """Hint to features of the size of the latent, 8x down: three convolutions stride, the last is zero."""
     widths = (hint_channels, *HINT_WIDTHS)
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         layers += [nn.Conv2d(a, b, 3, stride=2 if i in (2, 4, 6) else 1, padding=1), nn.SiLU()]
     return nn.Sequential(*layers, zero_module(nn.Conv2d(widths[-1], model_channels, 3, padding=1)))
 
@@ -153,8 +154,8 @@ class ControlLDM(LatentDiffusion):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the controlled UNet predicts; without a hint in `cond`, what the plain one does.
 
-        `cond` may hold `control_scales`, used instead of the module's. A hint for fewer latents than there are
-        belongs to the last of them and leaves the others without control, as guess mode wants it.
+        `cond` may hold `control_scales`, used instead of the module's. A hint for fewer latents than there
+        are belongs to the last of them and leaves the others without control, as guess mode wants it.
         """
         context = join_context(cond["c_crossattn"])
         control = None
@@ -173,7 +174,9 @@ class ControlLDM(LatentDiffusion):
         text = context[-rows:] if isinstance(context, Tensor) else context
         residuals = self.control_model(x[-rows:], hint, t[-rows:], text)
         uncontrolled = len(x) - rows
-        return [F.pad(r, (0, 0, 0, 0, 0, 0, uncontrolled, 0)) for r in residuals] if uncontrolled else residuals
+        return (
+            [F.pad(r, (0, 0, 0, 0, 0, 0, uncontrolled, 0)) for r in residuals] if uncontrolled else residuals
+        )
 
     @torch.no_grad()
     def precompute_cond(self, cond: Cond) -> Cond:
@@ -194,7 +197,9 @@ class ControlLDM(LatentDiffusion):
 def scaled(residuals: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
     """Residuals times their scales, one scale for each."""
     if len(scales) != len(residuals):
-        raise ValueError(f"expected {len(residuals)} control_scales, one for each residual, found {len(scales)}")
+        raise ValueError(
+            f"expected {len(residuals)} control_scales, one for each residual, found {len(scales)}"
+        )
     return [r if s == 1 else s * r for r, s in zip(residuals, scales, strict=True)]
 
 

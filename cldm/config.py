@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -22,8 +23,12 @@ class ModelConfig:
     """Which network, and the weights that it starts from."""
 
     config: str = "models/cldm_v15.yaml"  # model YAML file
-    checkpoint: str = "models/control_sd15_ini.safetensors"  # "random" starts from nothing, to try the machinery
+    checkpoint: str = (
+        "models/control_sd15_ini.safetensors"  # "random" starts from nothing, to try the machinery
+    )
     base: str | None = None  # where the base of a control-only checkpoint lies, if it does not record it
+    parameterization: str | None = None  # eps or v; null is what the model file says
+    attn_backend: str | None = None  # sdpa or xformers; null is what the model file says
 
 
 @dataclass
@@ -32,7 +37,7 @@ class DataConfig:
 
     name: str = "cityscapes"
     root: str | None = None  # by default data/NAME
-    split: str = "train"
+    split: str | None = None  # by default the data set's training split
     val_split: str | None = "val"  # the logged grid shows its maps; null shows training ones
     size: list[int] | None = None  # height and width, multiples of 64; null is the data set's own
     prompt: str | None = None  # one sentence for every sample; null is the data set's own
@@ -83,9 +88,10 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def load_run_config(dataset: str, config: str | Path | None, overrides: Sequence[str]) -> DictConfig:
+def load_run_config(dataset: str | None, config: str | Path | None, overrides: Sequence[str]) -> DictConfig:
     """Schema <- configs/DATASET.yaml <- `config` <- `overrides`; later ones win.
 
+    dataset    by default the one that the run file names, or else the schema's
     config     a run file, which replaces configs/DATASET.yaml, or a model file; told apart by content
     overrides  key=value lines such as train.lr=2e-6
 
@@ -93,12 +99,13 @@ def load_run_config(dataset: str, config: str | Path | None, overrides: Sequence
         ValueError         an unknown key, with the near one, or a value of another type
         FileNotFoundError  a file that is not there
     """
-    run_file, model_file = Path("configs") / f"{dataset}.yaml", None
+    run_file, model_file = Path("configs") / f"{dataset or DataConfig.name}.yaml", None
     if config is not None:
         content = read_yaml(Path(config))
         is_model_file = "target" in (content.get("model") or {})
         run_file, model_file = (run_file, str(config)) if is_model_file else (Path(config), None)
-    layers = [read_yaml(run_file), {"data": {"name": dataset}}]
+    layers = [read_yaml(run_file)]
+    layers += [{"data": {"name": dataset}}] if dataset else []
     layers += [{"model": {"config": model_file}}] if model_file else []
     merged = OmegaConf.structured(RunConfig)
     for layer, where in [*((layer, str(run_file)) for layer in layers), *parse_overrides(overrides)]:
@@ -110,15 +117,27 @@ def read_yaml(path: Path) -> Any:
     """Content of a YAML file."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a configuration file, found nothing at {path}")
-    return OmegaConf.load(path)
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected sections such as `train:` with keys in them, found a list")
+    return content
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
     """Each `key=value` as a layer of its own, so that an error can quote it."""
+    layers = []
     for override in overrides:
-        if "=" not in override:
+        try:
+            is_pair, layer = "=" in override, OmegaConf.from_dotlist([override])
+        except yaml.YAMLError:
+            is_pair = False
+        if not is_pair:
             raise ValueError(f"expected key=value, such as train.lr=1e-5, found {override!r}")
-    return [(OmegaConf.from_dotlist([override]), override) for override in overrides]
+        layers.append((layer, override))
+    return layers
 
 
 def merge(config: DictConfig, layer: Any, where: str) -> DictConfig:

@@ -67,6 +67,10 @@ MODULES = {
 }
 
 
+# What cannot be imported without torch: mending torch may mend them.
+TORCH_FIRST = ("torchvision", "open_clip", "pytorch_lightning")
+
+
 def find_conflicts(
     versions: Mapping[str, str | None],
     probes: Mapping[str, Probe],
@@ -126,7 +130,7 @@ def missing(
     A module that imports without being installed under the expected name (conda's opencv) is there.
     """
     absent = [
-        f"{package}{bound}"
+        f"{package} ({bound})"
         for package, bound in bounds.items()
         if versions.get(package) is None and not works(probes, MODULES.get(package, package))
     ]
@@ -203,17 +207,15 @@ def broken_imports(
     versions: Mapping[str, str | None], probes: Mapping[str, Probe], bounds: Mapping[str, str]
 ) -> Iterator[Conflict]:
     """Installed and required, yet not importable, for a reason that no other rule has named."""
-    vision_is_broken = bool(error_of(probes, "torchvision")) and not error_of(probes, "torch")
+    explained = set()
+    if error_of(probes, "torch") or any(torchvision_mismatch(versions, probes, {})):
+        explained |= set(TORCH_FIRST)
+    if any(opencv_trouble(versions, probes)):
+        explained.add("cv2")
     for package in bounds:
         module = MODULES.get(package, package)
         error = error_of(probes, module)
-        if not error or versions.get(package) is None:
-            continue
-        if module == "torchvision" and vision_is_broken:
-            continue
-        if vision_is_broken and module in ("pytorch_lightning", "open_clip"):
-            continue  # they import torchvision; mending that mends them
-        if module == "cv2" and any(opencv_trouble(versions, probes)):
+        if not error or versions.get(package) is None or module in explained:
             continue
         message = f"{package} {versions[package]} is installed, but `import {module}` fails: {error}"
         mend = REINSTALL_TORCH if module == "torch" else f"pip install --force-reinstall --no-deps {package}"

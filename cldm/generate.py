@@ -128,5 +128,7 @@ def image_size(hint: Tensor | None, size: tuple[int, int] | None) -> tuple[int, 
     if not height or height % 64 or width % 64:
         raise ValueError(f"expected a size in multiples of 64, found {height}x{width}")
     if of_hint not in (None, (height, width)):
-        raise ValueError(f"expected a hint of {height}x{width}, found {of_hint[0]}x{of_hint[1]}; resize it first")
+        raise ValueError(
+            f"expected a hint of {height}x{width}, found {of_hint[0]}x{of_hint[1]}; resize it first"
+        )
     return height, width

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +36,7 @@ def create_model(
     checkpoint  weights to fill it with; without, the weights are random. The model is then built without
                 memory and takes its tensors from the mapped file, so start-up holds one copy and initialises
                 nothing that it overwrites.
-    base        the file that `checkpoint` was trained on, when it holds only what was trained (`read_weights`)
+    base        the file that `checkpoint` was trained on, if it holds only what was trained (`read_weights`)
     """
     if not isinstance(config, DictConfig):
         config = load_model_config(config)
@@ -49,14 +49,29 @@ def create_model(
     return model.to("cpu")  # moves nothing: Lightning would keep saying that the module is on meta
 
 
-def load_model_config(path: str | Path) -> DictConfig:
-    """Read a model YAML file; refuse another kind of file in a sentence."""
+def load_model_config(
+    path: str | Path, *, parameterization: str | None = None, attn_backend: str | None = None
+) -> DictConfig:
+    """Read a model YAML file, change the two choices that are no matter of weights where they are given."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a model YAML file such as {MODEL_FILES['sd15']}, found nothing at {path}")
+        raise FileNotFoundError(
+            f"expected a model YAML file such as {MODEL_FILES['sd15']}, found nothing at {path}"
+        )
     config = OmegaConf.load(path)
     if not isinstance(config, DictConfig) or "model" not in config or "target" not in config.model:
         raise ValueError(f"{path} is no model file: expected 'model' with 'target' and 'params' in it")
-    return config
+    return with_choices(config, parameterization, attn_backend)
+
+
+def with_choices(config: DictConfig, parameterization: str | None, attn_backend: str | None) -> DictConfig:
+    """A model file that predicts `parameterization` and attends by `attn_backend`; None changes nothing."""
+    changes: list[str] = []
+    if parameterization is not None:
+        changes.append(f"model.params.parameterization={parameterization}")
+    if attn_backend is not None:
+        networks = ("unet_config", "control_stage_config")
+        changes += [f"model.params.{network}.params.attn_backend={attn_backend}" for network in networks]
+    return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist(changes)))
 
 
 def model_config_of(checkpoint: str | Path) -> DictConfig:
@@ -82,20 +97,24 @@ def load_weights(model: ControlLDM, state: Mapping[str, Tensor], where: str) -> 
     """
     report = match_keys(shapes_of(model.state_dict()), shapes_of(state))
     if not report.ok:
-        raise CheckpointError(f"{where} does not fit the model: {report.sentence()}; pass the model file it belongs to")
-    check_schedule(model, state, where)
+        raise CheckpointError(
+            f"{where} does not fit the model: {report.sentence()}; pass the model file it belongs to"
+        )
+    check_schedule(model.alphas_cumprod, state, where)
     schedule = {key: value for key, value in model.state_dict().items() if key in SCHEDULE_KEYS}
     weights = {key: value.float() for key, value in state.items() if key not in SCHEDULE_KEYS}
     model.load_state_dict({**weights, **schedule}, assign=True)
 
 
-def check_schedule(model: ControlLDM, state: Mapping[str, Tensor], where: str) -> None:
+def check_schedule(ours: Tensor, state: Mapping[str, Tensor], where: str) -> None:
     """Refuse weights that were trained on another noise schedule than the model file says."""
-    ours, theirs = model.alphas_cumprod, state.get("alphas_cumprod")
-    if theirs is not None and not torch.allclose(ours.cpu(), theirs.float(), rtol=1e-3, atol=1e-6):
+    theirs = state.get("alphas_cumprod")
+    if theirs is None:
+        return
+    if theirs.shape != ours.shape or not torch.allclose(ours.cpu(), theirs.float(), rtol=1e-3, atol=1e-6):
         raise CheckpointError(
-            f"{where} holds a noise schedule that ends at alphas_cumprod {theirs[-1]:.6f}, the model file one "
-            f"that ends at {ours[-1]:.6f}; set linear_start and linear_end to those of the weights"
+            f"{where} holds a noise schedule that ends at alphas_cumprod {theirs[-1]:.6f}, the model file "
+            f"one that ends at {ours[-1]:.6f}; set timesteps, linear_start and linear_end as the weights need"
         )
 
 
@@ -110,8 +129,8 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def read_weights(checkpoint: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
     """All tensors of a model under the published names.
 
-    A file that holds only what was trained (`control_model.*`, and the UNet's decoder of an unlocked run) lies
-    over its base: `base` if given, else the file that `find_base` finds.
+    A file that holds only what was trained (`control_model.*`, and the UNet's decoder of an unlocked run)
+    lies over its base: `base` if given, else the file that `find_base` finds.
     """
     state = to_model_keys(read_tensors(checkpoint))
     if parts(state) >= {"unet", "control", "vae", "text"} and base is None:
@@ -124,6 +143,14 @@ def read_weights(checkpoint: str | Path, base: str | Path | None = None) -> dict
     return {**to_model_keys(read_tensors(path)), **state}
 
 
+def base_of(checkpoint: str | Path, base: str | Path | None = None) -> tuple[Path, set[str]]:
+    """The file that holds the frozen tensors of a checkpoint, and the names that differ from it."""
+    shapes = to_model_keys(read_shapes(checkpoint))
+    if parts(shapes) >= {"unet", "control", "vae", "text"}:
+        return Path(checkpoint), set()
+    return (find_base(checkpoint) if base is None else Path(base)), set(shapes)
+
+
 def base_notes(base: str | Path, beside: str | Path) -> dict[str, str]:
     """Metadata by which `find_base` finds `base` again from a file in the folder `beside`."""
     base = Path(base)
@@ -132,22 +159,26 @@ def base_notes(base: str | Path, beside: str | Path) -> dict[str, str]:
 
 
 def find_base(checkpoint: str | Path) -> Path:
-    """The base of a file that holds only what was trained: by its recorded path, else by its hash in models/."""
+    """The base of a file that holds only what was trained: at its recorded path, else by hash in models/."""
     notes = read_metadata(checkpoint)
     if "base" not in notes:
         raise CheckpointError(
-            f"{checkpoint} holds a control branch alone and no record of its base; name the base with --base FILE"
+            f"{checkpoint} holds a control branch and no record of its base; name the base with --base FILE"
         )
     size = int(notes["base_bytes"])
     recorded = Path(checkpoint).parent / notes["base"]
     if recorded.is_file() and recorded.stat().st_size == size:
         return recorded
     for candidate in sorted(Path("models").glob("*")):
-        if candidate.is_file() and candidate.stat().st_size == size and sha256_of(candidate) == notes["base_sha256"]:
+        if (
+            candidate.is_file()
+            and candidate.stat().st_size == size
+            and sha256_of(candidate) == notes["base_sha256"]
+        ):
             return candidate
     raise CheckpointError(
-        f"{checkpoint} was trained on {notes['base']} ({size} bytes, sha256 {notes['base_sha256'][:12]}...), found "
-        "neither there nor in models/; name it with --base FILE"
+        f"{checkpoint} was trained on {notes['base']} ({size} bytes, sha256 {notes['base_sha256'][:12]}...), "
+        "found neither there nor in models/; name it with --base FILE"
     )
 
 
@@ -161,20 +192,21 @@ def add_control(
 
     config   model file of the result
     base     tensors of the base; those of its UNet's encoder are copied into the control branch
-    control  tensors of a published control branch, taken instead of the copy
+    control  tensors of a published control file; its branch is taken instead of the copy, and nothing else
     seed     of the hint block, which nothing is copied into
     returns  state by published name, and where each tensor came from: a name in the base, "CONTROL", or "NEW"
     """
     params = OmegaConf.to_container(config.model, resolve=True)
     with torch.device("meta"):
         target = instantiate_from_config(params).state_dict()
+    check_schedule(target["alphas_cumprod"], base, "the base")
     fresh = new_tensors(target, params["params"]["control_stage_config"]["params"], seed)
     state, sources = {}, {}
     for key in target:
         encoder_key = UNET + key.removeprefix(CONTROL)
         if key in SCHEDULE_KEYS:
             state[key], sources[key] = target[key], key if key in base else "NEW"
-        elif control is not None and key in control:
+        elif control is not None and key in control and key.startswith(CONTROL):
             state[key], sources[key] = control[key], "CONTROL"
         elif key in base:
             state[key], sources[key] = base[key], key
@@ -182,14 +214,18 @@ def add_control(
             state[key], sources[key] = fresh[key], "NEW"
         elif key.startswith(CONTROL) and encoder_key in base and control is None:
             state[key], sources[key] = base[encoder_key], encoder_key
-    leftover = {key: value for source in (base, control or {}) for key, value in source.items() if key not in target}
+    leftover = {
+        key: value for source in (base, control or {}) for key, value in source.items() if key not in target
+    }
     report = match_keys(shapes_of(target), shapes_of({**leftover, **state}))
     if not report.ok:
         raise CheckpointError(f"the files do not make the model of the model file: {report.sentence()}")
     return state, sources
 
 
-def new_tensors(target: Mapping[str, Tensor], control_params: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+def new_tensors(
+    target: Mapping[str, Tensor], control_params: Mapping[str, Any], seed: int
+) -> dict[str, Tensor]:
     """What a fresh control branch has and no encoder holds: a random hint block, zero convolutions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,6 +31,7 @@ PROBED = (
     *("numpy", "cv2", "PIL", "omegaconf", "safetensors"),
     *("torch", "torchvision", "xformers", "open_clip", "pytorch_lightning"),
 )
+MARK = "probed: "  # opens the lines that are ours; packages print too
 TIMEOUT_S = 300
 GIB = 2**30
 
@@ -126,8 +127,8 @@ def try_all(root: Path, names: tuple[str, ...] = PROBED) -> dict[str, Probe]:
         code = f"from cldm.probes import report_probes; report_probes({waiting!r})"
         output, end = run_child([sys.executable, "-c", code], root)
         for line in output.splitlines():
-            if line.startswith("{") and '"probe"' in line:
-                row = json.loads(line)
+            if line.startswith(MARK):
+                row = json.loads(line[len(MARK) :])
                 results[row["probe"]] = Probe(row["error"], row["facts"])
         victim = next((name for name in waiting if name not in results), None)
         if victim:
@@ -137,7 +138,8 @@ def try_all(root: Path, names: tuple[str, ...] = PROBED) -> dict[str, Probe]:
 
 def run_child(command: list[str], cwd: Path) -> tuple[str, str]:
     """Run a command without input and without a network hub; its output, and how it ended."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(cwd), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(cwd), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
             command,
@@ -166,7 +168,8 @@ def report_probes(names: list[str]) -> None:
             facts = special[name]() if name in special else {}
         except Exception as problem:  # whatever a broken package raises is the finding
             error = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
-        sys.stdout.write("\n" + json.dumps({"probe": name, "error": error, "facts": facts}) + "\n")
+        row = json.dumps({"probe": name, "error": error, "facts": facts})
+        sys.stdout.write(f"\n{MARK}{row}\n")
         sys.stdout.flush()
 
 

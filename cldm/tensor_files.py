@@ -1,20 +1,17 @@
-"""Read and write files of named tensors; nothing found in a file is ever executed.
+"""Read files of named tensors; nothing found in a file is ever executed.
 
-What a file is follows from its content, never from its name. Read: safetensors, torch zip files and torch
-files from before the zip format. Written: safetensors, or a torch zip for .ckpt, .pth and .pt.
+What a file is follows from its content, never from its name: safetensors, a torch zip file, or a torch file
+from before the zip format.
 """
 
 import hashlib
 import json
 import logging
-import os
 import pickletools
 import re
-import secrets
-import shutil
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which protocol 2 still writes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,27 +23,14 @@ log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
-DTYPE_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-TORCH_SUFFIXES = {".ckpt", ".pth", ".pt"}
 EXPECTED = "expected a safetensors file or a torch checkpoint of tensors"
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # opens a pre-zip torch file
-_MARGIN = 1 << 20  # bytes on top of the tensors: zip directory, file system blocks
 
 # Text that a download leaves behind instead of the weights, then containers of other programs.
 _LOOKS = (
+    (rb"(?s).{257}ustar", "is a tar archive"),
     (rb"(?i)\s*(<!doctype|<html|<\?xml)", "is a web page, as a failed download leaves behind"),
     (rb"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull`"),
     (rb"\s*\{", "is JSON text"),
@@ -135,33 +119,15 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a file whole or not at all: temporary name, sync, check by reading, rename over the target.
-
-    A safetensors file holds one tensor at a time in memory; a torch file copies tensors that share storage.
-    """
-    target = Path(path).resolve()  # through a link, so that the link survives and the disk is the right one
-    notes = dict(metadata or {})
-    _check_request(target, tensors, notes)
-    partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
-    write = _write_torch if target.suffix.lower() in TORCH_SUFFIXES else _write_safetensors
-    try:
-        with partial.open("xb") as file:
-            write(file, tensors, notes)
-            file.flush()
-            os.fsync(file.fileno())
-        _verify(partial, tensors)
-        size = partial.stat().st_size
-        partial.replace(target)
-        _sync_folder(target.parent)
-        if target.stat().st_size != size:
-            raise CheckpointError(f"{target} was written with {size} bytes but is found with another size")
-    except OSError as error:
-        raise CheckpointError(f"{target} could not be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+def fingerprint(path: str | Path) -> str:
+    """Tell files apart at once, whatever their size: SHA-256 of the length, the first and the last MiB."""
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with Path(path).open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _kind(path: Path) -> str:
@@ -204,8 +170,6 @@ def _looks_like(path: Path, head: bytes) -> str:
         with path.open("rb") as file:
             foreign = _foreign(_globals_of(file))
         return "is a plain Python pickle" + (f" that asks to run {foreign[0]}" if foreign else "")
-    if head[257:262] == b"ustar":
-        return "is a tar archive"
     return f"is of an unknown format (it starts with {head[:16]!r})"
 
 
@@ -246,9 +210,8 @@ def _load_torch(path: Path, kind: str) -> object:
     is_mapped = kind == "torch_zip" and not path.name.endswith(".safetensors")
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(inert):
-            return torch.load(
-                path if is_mapped else file, map_location="cpu", weights_only=True, mmap=is_mapped
-            )
+            source = path if is_mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:
         raise CheckpointError(f"{path} {_why_refused(names, error)}") from error
 
@@ -335,9 +298,7 @@ def _is_inert(name: str) -> bool:
 
 
 def _foreign(names: list[str]) -> list[str]:
-    usual = re.compile(
-        r"torch\._utils\.|torch\.storage\.|_codecs\.encode$|torch\.\w*Storage$|collections\.OrderedDict$"
-    )
+    usual = re.compile(r"torch\.(_utils\.|storage\.|\w*Storage$)|_codecs\.encode$|collections\.OrderedDict$")
     return [name for name in names if not usual.match(name) and not _is_inert(name)]
 
 
@@ -370,93 +331,3 @@ def _unwrapped(payload: object) -> object:
             if isinstance(payload.get(name), dict):
                 return payload[name]
     return payload
-
-
-def _check_request(target: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
-    """Refuse what cannot be written before a byte is."""
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{target} cannot be written: {target.parent} is not a folder; create it first")
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; give the name of a file to write")
-    if not tensors:
-        raise CheckpointError(f"{target} was not written: there are no tensors to write")
-    for name, value in notes.items():
-        if not (isinstance(name, str) and isinstance(value, str)):
-            raise CheckpointError(f"metadata {name!r} is {type(value).__name__}; expected text for text")
-    needed = _MARGIN
-    for name in tensors:
-        _check_tensor(name, tensors[name])
-        needed += tensors[name].nbytes
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise CheckpointError(
-            f"{target} needs {needed / 1e9:.3f} GB but {target.parent} has {free / 1e9:.3f} GB free; "
-            "free some space or choose another folder"
-        )
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(name, str) or name == "__metadata__":
-        raise CheckpointError(f"{name!r} cannot name a tensor; expected text other than __metadata__")
-    if tensor.dtype not in DTYPE_CODES or tensor.layout != torch.strided:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
-        raise CheckpointError(f"{name} is {tensor.dtype}, {tensor.layout}; expected strided {known}")
-    if tensor.is_meta:
-        raise CheckpointError(f"{name} is on the meta device and has no data to write; fill it first")
-
-
-def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
-    """Lay the file out as the format says: header length, JSON padded with spaces to 8 bytes, raw data."""
-    # Wide elements first, so that every tensor starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    offsets, end = {}, 0
-    for name in names:
-        offsets[name] = [end, end + tensors[name].nbytes]
-        end += tensors[name].nbytes
-    header: dict[str, Any] = {"__metadata__": notes} if notes else {}
-    for name in tensors:
-        tensor = tensors[name]
-        dtype, shape = DTYPE_CODES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets[name]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    file.write(len(raw).to_bytes(8, "little") + raw)
-    for name in names:
-        file.write(_raw(tensors[name]))
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """View the elements as bytes in row order, copied only if they lie elsewhere or otherwise."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
-    """Save tensors with storages of their own: torch would write a shared or larger storage whole."""
-    seen: set[int] = set()
-    state = {}
-    for name in tensors:
-        tensor = tensors[name].detach().cpu()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(storage.data_ptr())
-        state[name] = tensor
-    torch.save({"state_dict": state} | ({"metadata": notes} if notes else {}), file)
-
-
-def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Open what was written and compare names, types and shapes, before it takes the place of anything."""
-    found = {name: (value.dtype, value.shape) for name, value in read_tensors(path).items()}
-    if found != {name: (tensors[name].dtype, tensors[name].shape) for name in tensors}:
-        raise CheckpointError(f"{path} does not hold what was written to it; check the disk")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened (not on Windows)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

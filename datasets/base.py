@@ -117,6 +117,23 @@ class SegmentationDataset:
             raise FileNotFoundError(cls._nothing_found(Path(root), split, "0 label maps"))
         return dict(sorted(found.items()))
 
+    @classmethod
+    def preview(
+        cls, count: int, *, root: str | Path, split: str, size: Size, prompt: str
+    ) -> list[LabelSample | Sample]:
+        """The first `count` label maps of a split as samples, with their photo where there is one."""
+        space, photos = LabelSpace.load(cls.label_space), cls.find_photos(Path(root), split)
+        samples: list[LabelSample | Sample] = []
+        for key, path in list(cls.label_maps(root, split).items())[:count]:
+            labels = label_sample(cls.read_train_ids(path), size, space, txt=prompt, key=key)
+            photo = photos.get(key)
+            samples.append(
+                labels
+                if photo is None
+                else {"jpg": to_signed(resize_image(read_image(photo), size)), **labels}
+            )
+        return samples
+
     def _find_pairs(self) -> list[Pair]:
         photos = self.find_photos(self.root, self.split)
         maps = self.find_label_maps(self.root, self.split)

@@ -208,9 +208,21 @@ def read_image(path: str | Path) -> Rgb:
     return np.ascontiguousarray(bgr[..., ::-1], np.uint8)
 
 
+def is_colour_map(path: str | Path) -> bool:
+    """Whether a file holds colours; a palette file holds ids."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("RGB", "RGBA")
+    except OSError as error:
+        raise ValueError(f"{path}: expected a picture, found {error}. Replace it.") from error
+
+
 def resize_labels(ids: NDArray[Scalar], size: Size) -> NDArray[Scalar]:
-    """The id nearest to each pixel centre of an (H, W) grid; equal to torch's `nearest-exact`."""
-    rows, columns = (_nearest(n, m) for n, m in zip(ids.shape, size, strict=True))
+    """The id nearest to each pixel centre of an (H, W) grid; equal to torch's `nearest-exact`.
+
+    A painted map (H, W, 3) is taken as well.
+    """
+    rows, columns = (_nearest(n, m) for n, m in zip(ids.shape[:2], size, strict=True))
     return ids[rows[:, None], columns]
 
 

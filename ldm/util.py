@@ -45,7 +45,7 @@ def resolve_target(target: str) -> type:
 
 
 def supported_params(cls: type, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that `cls` takes; drop the unused ones, refuse the unknown and unsupported ones."""
+    """Return the parameters that `cls` takes; drop unused ones, refuse unknown and unsupported ones."""
     unused: frozenset[str] = getattr(cls, "unused_params", frozenset())
     fixed: Mapping[str, Any] = getattr(cls, "fixed_params", {})
     known = parameter_names(cls)
@@ -60,12 +60,12 @@ def supported_params(cls: type, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameter_names(cls: type) -> set[str]:
-    """Names that the constructor takes: its own, those it passes up to a base class, those of `arch_class`."""
+    """Names that the constructor takes: its own, those it passes to a base class, those of `arch_class`."""
     names: set[str] = set()
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
             continue
-        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
         names |= {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break

@@ -74,7 +74,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, N, query_dim) -> (B, N, query_dim)."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
-        k, v = context[self] if isinstance(context, Mapping) else self.project(x if context is None else context)
+        k, v = (
+            context[self] if isinstance(context, Mapping) else self.project(x if context is None else context)
+        )
         return self.to_out(self.attend(q, k, v).flatten(2))
 
 
@@ -146,7 +148,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, between a projection in and a zero projection out."""
+    """Transformer blocks over the pixels of a feature map, between a projection in and a zero one out."""
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
             module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> LatentDiffusion:
-        """Switch the mode of what is trained; the first stage and the text encoder stay in evaluation mode."""
+        """Switch the mode of what is trained; first stage and text encoder stay in evaluation mode."""
         super().train(mode)
         for module in self.frozen_modules:
             module.eval()
@@ -157,7 +157,11 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         """Noise in `x`, all of it at level `t`, whatever the network predicts."""
         levels = torch.full((len(x),), t, device=x.device)
         prediction = self.apply_model(x, levels, cond)
-        return prediction if self.parameterization == "eps" else self.predict_eps_from_z_and_v(x, levels, prediction)
+        return (
+            prediction
+            if self.parameterization == "eps"
+            else self.predict_eps_from_z_and_v(x, levels, prediction)
+        )
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer gets: nothing frozen."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 BETA_SCHEDULES = {
     # Stable Diffusion calls "linear" what is linear in sqrt(beta); diffusers calls it "scaled_linear".
-    "linear": lambda start, end, n: torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64, device="cpu") ** 2
+    "linear": lambda start, end, n: (
+        torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64, device="cpu") ** 2
+    )
 }
 
 
@@ -96,21 +98,15 @@ class NoiseSchedule(nn.Module):
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Velocity v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, section 4)."""
-        return (
-            at(self.sqrt_alphas_cumprod, t, x) * noise - at(self.sqrt_one_minus_alphas_cumprod, t, x) * x
-        )
+        return at(self.sqrt_alphas_cumprod, t, x) * noise - at(self.sqrt_one_minus_alphas_cumprod, t, x) * x
 
     def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = sqrt(abar) x_t - sqrt(1 - abar) v."""
-        return (
-            at(self.sqrt_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
-        )
+        return at(self.sqrt_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
 
     def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """eps = sqrt(abar) v + sqrt(1 - abar) x_t."""
-        return (
-            at(self.sqrt_alphas_cumprod, t, x_t) * v + at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
-        )
+        return at(self.sqrt_alphas_cumprod, t, x_t) * v + at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
 
 
 def check_steps(num_steps: int, num_timesteps: int) -> None:
@@ -138,5 +134,6 @@ def uniform_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     check_steps(num_steps, num_timesteps)
     if num_steps == num_timesteps:
         return list(reversed(range(num_timesteps)))
-    last = num_timesteps - 1
-    return [round(i * last / num_steps) for i in reversed(range(1, num_steps + 1))]
+    # Divided first, so that a tie such as 499.5 falls where numpy.linspace, in diffusers, lets it.
+    stride = (num_timesteps - 1) / num_steps
+    return [round(i * stride) for i in reversed(range(1, num_steps + 1))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,12 @@ class VAEArch:
     """Sizes of an autoencoder, under the names of `ddconfig` in the published YAML files."""
 
     ch: int = 128
-    ch_mult: Sequence[int] = (1, 2, 4, 4)  # width of each level, in ch; each level but the last halves the size
+    ch_mult: Sequence[int] = (
+        1,
+        2,
+        4,
+        4,
+    )  # width of each level, in ch; each level but the last halves the size
     num_res_blocks: int = 2
     in_channels: int = 3
     out_ch: int = 3
@@ -144,7 +150,7 @@ class Encoder(nn.Module):
         channels = arch.ch
         for i, width in enumerate(arch.widths):
             sizes = [channels] + [width] * arch.num_res_blocks
-            level = Level(arch.res_block(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+            level = Level(arch.res_block(a, b) for a, b in pairwise(sizes))
             if i < len(arch.widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -172,7 +178,7 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for i, width in reversed(list(enumerate(arch.widths))):
             sizes = [channels] + [width] * (arch.num_res_blocks + 1)
-            level = Level(arch.res_block(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+            level = Level(arch.res_block(a, b) for a, b in pairwise(sizes))
             if i > 0:
                 level.upsample = Upsample(width)
             levels.append(level)

@@ -148,7 +148,7 @@ class UNetEncoder(nn.Module):
 
 
 def build_input_blocks(arch: UNetArch) -> tuple[nn.ModuleList, list[int]]:
-    """The down path: one convolution, then for each level its blocks and, but for the last, a downsampling."""
+    """The down path: a convolution, then for each level its blocks and, but for the last, a downsampling."""
     channels = arch.model_channels
     blocks: list[nn.Module] = [TimestepEmbedSequential(nn.Conv2d(arch.in_channels, channels, 3, padding=1))]
     widths = [channels]
@@ -200,11 +200,13 @@ class UNetModel(UNetEncoder):
         )
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Context | None = None) -> Tensor:
-        """x (B, C, h, w), timesteps (B,), context (B, L, D) -> (B, out_channels, h, w) in the dtype of `x`."""
+        """x (B, C, h, w), timesteps (B,), context (B, L, D) -> (B, out_channels, h, w), dtype of `x`."""
         emb, outputs = self.run_encoder(x, timesteps, context)
         return self.decode(outputs, emb, context).to(x.dtype)
 
-    def run_encoder(self, x: Tensor, timesteps: Tensor, context: Context | None) -> tuple[Tensor, list[Tensor]]:
+    def run_encoder(
+        self, x: Tensor, timesteps: Tensor, context: Context | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Noise-level embedding and the outputs of the encoder."""
         h = x.to(self.weight_dtype)
         emb = self.embed_time(timesteps, h)

@@ -31,7 +31,7 @@ def zero_module(module: nn.Module) -> nn.Module:
 
 
 def maybe_checkpoint(function: Callable[..., Tensor], *inputs: object, active: bool) -> Tensor:
-    """Call `function`; when `active` and a graph is recorded, recompute it in backward instead of storing it."""
+    """Call `function`; when `active`, recompute it in backward instead of storing its activations."""
     if active and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)

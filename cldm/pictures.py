@@ -1,0 +1,75 @@
+"""Pictures for people: overlays, sheets, and PNG files that carry the settings they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+Rgb = NDArray[np.uint8]
+"""(H, W, 3) uint8."""
+
+SETTINGS_KEY = "scenecontrol"
+GAP = 4  # white pixels between the pictures of a sheet
+
+
+def overlay(image: Rgb, colours: Rgb, opacity: float = 0.5) -> Rgb:
+    """Lay a painted map over an image of the same size."""
+    mixed = (1 - opacity) * image.astype(np.float32) + opacity * colours.astype(np.float32)
+    return mixed.round().astype(np.uint8)
+
+
+def sheet(rows: Sequence[Sequence[Rgb]]) -> Rgb:
+    """Rows of equally sized pictures as one, with white gaps."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(len(row) for row in rows)
+    size = (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3)
+    canvas = np.full(size, 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            y, x = i * (height + GAP), j * (width + GAP)
+            canvas[y : y + height, x : x + width] = picture
+    return canvas
+
+
+def write_png(path: Path, picture: Rgb, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG whole or not at all; `settings` go into its text as JSON."""
+    notes = PngImagePlugin.PngInfo()
+    if settings is not None:
+        notes.add_itxt(SETTINGS_KEY, json.dumps(settings, sort_keys=True))
+    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("wb") as file:
+            Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG", pnginfo=notes)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a picture that decodes to its last pixel."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a foreign, a cut and a damaged file
+        return False
+    return True
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings in a PNG of `write_png`; None for another or a damaged file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return json.loads(image.info[SETTINGS_KEY])
+    except (OSError, KeyError, AttributeError, ValueError):
+        return None

@@ -1,0 +1,81 @@
+"""A hint from any file that a user has: label ids, train ids, a painted label map, or a picture as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.base import check_size
+from datasets.label_space import Ids, LabelSpace, Size, is_colour_map, read_image, read_labels, resize_labels
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+FRAME_MAPS = ("labelIds", "labelTrainIds", "color")
+INSTANCE_MAPS = ("instanceIds", "instanceTrainIds")
+
+READERS: dict[str, Callable[[Path, LabelSpace], Ids]] = {
+    "label_ids": lambda path, space: space.to_train_ids(read_labels(path), str(path)),
+    "train_ids": lambda path, space: space.check_train_ids(read_labels(path), str(path)),
+    "colours": lambda path, space: space.from_colours(read_image(path), str(path)),
+}
+HINT_TYPES = ("auto", *READERS, "image")
+
+
+def find_hints(path: Path) -> list[Path]:
+    """The file itself, or the maps of a folder and its subfolders by name, one for each frame."""
+    if path.is_file():
+        return [path]
+    pictures = [
+        p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+    ]
+    if not pictures:
+        raise FileNotFoundError(f"{path}: expected a hint or a folder of hints, found no picture there")
+    return one_a_frame(pictures)
+
+
+def one_a_frame(paths: list[Path]) -> list[Path]:
+    """Of the maps that a Cityscapes tree has of a frame the first of FRAME_MAPS, and no instance maps."""
+    frames: dict[Path, list[Path]] = {}
+    for path in paths:
+        frame, _, kind = path.stem.rpartition("_")
+        if kind not in INSTANCE_MAPS:
+            frames.setdefault(path.with_name(frame) if kind in FRAME_MAPS else path, []).append(path)
+    return sorted(min(maps, key=frame_rank) for maps in frames.values())
+
+
+def frame_rank(path: Path) -> int:
+    """Position of a map's kind in FRAME_MAPS."""
+    kind = path.stem.rpartition("_")[2]
+    return FRAME_MAPS.index(kind) if kind in FRAME_MAPS else 0
+
+
+def detect_hint_type(path: Path) -> str:
+    """Colours by content; ids by name, as nothing in a file tells label ids from train ids."""
+    if is_colour_map(path):
+        return "colours"
+    for ending, kind in (("labelTrainIds", "train_ids"), ("labelIds", "label_ids")):
+        if path.stem.endswith(ending):
+            return kind
+    raise ValueError(
+        f"{path}: label ids and train ids cannot be told apart here; expected a name that ends in _labelIds "
+        "or _labelTrainIds, or --hint_type label_ids or train_ids"
+    )
+
+
+def read_hint(path: Path, kind: str, space: LabelSpace, size: Size | None) -> NDArray[np.float32]:
+    """One hint (H, W, 3) float32 in [0, 1], at `size` or else at its own.
+
+    kind   one of HINT_TYPES; "image" takes the picture itself, resized to the nearest pixel like every map
+    space  label space of the ids and of the colours, and the palette that is painted
+    """
+    kind = detect_hint_type(path) if kind == "auto" else kind
+    if kind not in HINT_TYPES:
+        raise ValueError(f"unknown hint type {kind!r}; choose one of {', '.join(HINT_TYPES)}")
+    if kind == "image":
+        image = read_image(path)
+        return resize_labels(image, check_size(size or image.shape[:2])).astype(np.float32) / np.float32(255)
+    ids = READERS[kind](path, space)
+    return space.hint(resize_labels(ids, check_size(size or ids.shape)))

@@ -1,0 +1,279 @@
+"""Sample images for a hint or a folder of hints, with any checkpoint that this project or ControlNet wrote.
+
+    python generate.py --ckpt work_dir/lightning_logs/version_0/checkpoints/step=005000.safetensors \\
+        --hint data/cityscapes/gtFine/val --size 512 1024 --prompt "City road scenes." --out out/
+    python generate.py --ckpt models/control_v11p_sd15_seg.pth --base models/v1-5-pruned.safetensors \\
+        --hint edited_map.png --hint_type colours --prompt "a street at night" --num 4 --out out/
+
+Hints are maps of label ids (_labelIds) or train ids (_labelTrainIds), maps painted in the colours of
+--palette, or with --hint_type image the hint itself. An image is OUT/<name of the hint>_seed<seed>.png with its
+settings in it; contact sheets (map, then image and overlay for each seed) lie beside. A half-done folder is
+completed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cldm.config import SampleConfig
+from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
+from datasets.hints import HINT_TYPES, find_hints, read_hint
+from datasets.label_space import LabelSpace
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from cldm.cldm import ControlLDM
+
+ROWS_OF_A_SHEET = 16
+log = logging.getLogger("generate")
+
+
+class Job(NamedTuple):
+    """One image to make."""
+
+    hint: Path
+    target: Path
+    seed: int
+    settings: dict[str, Any]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the arguments, before anything slow is imported."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    default = SampleConfig()
+    add = parser.add_argument
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
+        help="checkpoint: a whole model, or a control branch over its base",
+    )
+    add("--base", type=Path, help="base of a control branch, if it is neither recorded in it nor in models/")
+    add(
+        "--config",
+        type=Path,
+        help="model YAML file; by default recorded in the checkpoint, or its architecture's",
+    )
+    add("--hint", type=Path, required=True, help="a hint or a folder of hints")
+    add("--hint_type", choices=HINT_TYPES, default="auto", help="what the hints are (default: %(default)s)")
+    add("--palette", default="cityscapes", help="label space of ids and colours (default: %(default)s)")
+    add("--prompt", help="by default the one of the training run, else empty")
+    add("--negative_prompt", default=default.negative_prompt)
+    add("--out", type=Path, required=True, help="folder to write into")
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="by default that of the training run, else the hint's",
+    )
+    add("--num", type=int, default=1, help="images of a hint (default: %(default)s)")
+    add("--seed", type=int, default=default.seed, help="of a hint's first image; the next count up")
+    add("--steps", type=int, default=default.steps, help="(default: %(default)s)")
+    add("--sampler", default=default.sampler, help="ddim or dpm++2m (default: %(default)s)")
+    add("--eta", type=float, default=default.eta, help="randomness of DDIM, 0..1 (default: %(default)s)")
+    add("--scale", type=float, default=default.scale, help="guidance (default: %(default)s)")
+    add("--strength", type=float, default=default.strength, help="of the control (default: %(default)s)")
+    add("--guess_mode", action="store_true", help="let the control do without the prompt")
+    add("--batch_size", type=int, default=4, help="images at a time (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add(
+        "--precision",
+        choices=("auto", "32", "bf16", "16"),
+        default="auto",
+        help="of the networks but the VAE",
+    )
+    add(
+        "--parameterization",
+        choices=("eps", "v"),
+        help="what the network predicts, if the model file is wrong",
+    )
+    add("--attn_backend", choices=("sdpa", "xformers"), help="by default that of the model file")
+    add("--overwrite", action="store_true", help="make images again that are there with other settings")
+    args = parser.parse_args(argv)
+    for path in filter(None, (args.ckpt, args.base, args.config, args.hint)):
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+    out, hint = args.out.resolve(), args.hint.resolve()
+    if args.hint.is_dir() and hint in (out, *out.parents):
+        parser.error(f"--out {args.out} lies in the folder of the hints; its images would become hints")
+    for name in ("num", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more, found {getattr(args, name)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Hints -> jobs that are not done -> model -> images -> sheets."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        fill_from_run(args)
+        jobs = list(plan_jobs(args))
+        todo = [job for job in jobs if not is_done(job, args.overwrite)]
+        log.info(
+            "%d images, %d of them there already; prompt: %s", len(jobs), len(jobs) - len(todo), args.prompt
+        )
+        if todo:
+            check_hints(args, jobs)
+            run_jobs(args, load_model(args), todo)
+        write_sheets(args, jobs)
+    except (ValueError, OSError) as error:
+        refuse(str(error))
+    print(f"{len(jobs)} images in {args.out}")
+
+
+def refuse(message: str) -> NoReturn:
+    """Say why the work stops, exit with 2."""
+    print(f"generate.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def fill_from_run(args: argparse.Namespace) -> None:
+    """Take prompt and size from the training run that the checkpoint records, where they are not given."""
+    from omegaconf import OmegaConf
+
+    from cldm.tensor_files import read_metadata
+
+    recorded = read_metadata(args.ckpt).get("run_config")
+    run: DictConfig = OmegaConf.create(recorded or "data: {prompt: null, size: null}")
+    args.prompt = run.data.prompt or "" if args.prompt is None else args.prompt
+    args.size = list(run.data.size) if args.size is None and run.data.size else args.size
+
+
+def plan_jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """One job for each hint and seed, with all that determines its image."""
+    from cldm.tensor_files import fingerprint
+
+    settings = {
+        **asdict(sample_settings(args)),
+        "prompt": args.prompt,
+        "size": args.size,
+        "hint_type": args.hint_type,
+        "palette": args.palette,
+        "checkpoint": args.ckpt.name,
+        "checkpoint_fingerprint": fingerprint(args.ckpt),
+        "base_fingerprint": args.base and fingerprint(args.base),
+        "config_fingerprint": args.config and fingerprint(args.config),
+        "precision": args.precision,
+        "parameterization": args.parameterization,
+    }
+    root = args.hint if args.hint.is_dir() else args.hint.parent
+    taken: dict[Path, Path] = {}
+    for hint in find_hints(args.hint):
+        stem = args.out / hint.relative_to(root).with_suffix("")
+        if taken.setdefault(stem, hint) != hint:
+            raise ValueError(f"{taken[stem]} and {hint} would be written under one name; rename one of them")
+        mark = {"hint": hint.name, "hint_fingerprint": fingerprint(hint)}
+        for seed in range(args.seed, args.seed + args.num):
+            target = stem.with_name(f"{stem.name}_seed{seed}.png")
+            yield Job(hint, target, seed, {**settings, **mark, "seed": seed})
+
+
+def sample_settings(args: argparse.Namespace) -> SampleConfig:
+    """The sampling settings among the arguments."""
+    names = {field.name for field in fields(SampleConfig)} & set(vars(args))
+    return SampleConfig(**{name: getattr(args, name) for name in names})
+
+
+def is_done(job: Job, overwrite: bool) -> bool:
+    """Whether the image is there with the same settings; with others it is refused, or made again."""
+    if not job.target.exists():
+        return False
+    if not is_whole(job.target):
+        log.warning("%s is damaged and is made again", job.target)
+        return False
+    found = read_settings(job.target) or {}
+    differing = [name for name, value in job.settings.items() if found.get(name) != value]
+    if differing and not overwrite:
+        name = differing[0]
+        raise ValueError(
+            f"{job.target} is there with other settings ({name} {found.get(name)!r}, now "
+            f"{job.settings[name]!r}); choose another --out, or --overwrite"
+        )
+    return not differing
+
+
+def check_hints(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Read every hint once, so that a bad one is named before the first image is made."""
+    sizes = {load_hint(args, hint).shape[:2]: hint for hint in dict.fromkeys(job.hint for job in jobs)}
+    if len(sizes) > 1:
+        found = " and ".join(f"{h}x{w} ({hint})" for (h, w), hint in list(sizes.items())[:2])
+        raise ValueError(f"expected hints of one size, found {found}; pass --size H W")
+
+
+def load_hint(args: argparse.Namespace, path: Path) -> NDArray[np.float32]:
+    """(H, W, 3) float32 in [0, 1]."""
+    return read_hint(path, args.hint_type, LabelSpace.load(args.palette), args.size and tuple(args.size))
+
+
+def load_model(args: argparse.Namespace) -> ControlLDM:
+    """The model on its device, the networks but the VAE in the precision asked for."""
+    import torch
+
+    from cldm.model import create_model, load_model_config, model_config_of, with_choices
+
+    config = load_model_config(args.config) if args.config else model_config_of(args.ckpt)
+    config = with_choices(config, args.parameterization, args.attn_backend)
+    model = create_model(config, args.ckpt, args.base).eval()
+    has_gpu = torch.cuda.is_available()
+    device = args.device if args.device != "auto" else ("cuda" if has_gpu else "cpu")
+    half = torch.bfloat16 if has_gpu and torch.cuda.is_bf16_supported() else torch.float16
+    auto = half if device.startswith("cuda") else torch.float32
+    dtype = {"auto": auto, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[args.precision]
+    model.to(device)
+    for network in (model.model, model.control_model, model.cond_stage_model):
+        network.to(dtype)
+    return model
+
+
+def run_jobs(args: argparse.Namespace, model: ControlLDM, jobs: Sequence[Job]) -> None:
+    """Sample batch after batch; each image is written as soon as it is there."""
+    import torch
+    from tqdm import tqdm
+
+    from cldm.generate import generate
+
+    settings = sample_settings(args)
+    with tqdm(total=len(jobs), unit="image") as bar:
+        for start in range(0, len(jobs), args.batch_size):
+            batch = jobs[start : start + args.batch_size]
+            hints = torch.from_numpy(np.stack([load_hint(args, job.hint) for job in batch])).permute(
+                0, 3, 1, 2
+            )
+            images = generate(model, hints, [args.prompt] * len(batch), [job.seed for job in batch], settings)
+            for job, image in zip(batch, images.numpy(), strict=True):
+                job.target.parent.mkdir(parents=True, exist_ok=True)
+                write_png(job.target, image, job.settings)
+            bar.update(len(batch))
+
+
+def write_sheets(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Contact sheets: map, then image and overlay for each seed; a row for each hint."""
+    from datasets.label_space import read_image
+
+    rows: dict[Path, list[NDArray[np.uint8]]] = {}
+    for job in jobs:
+        colours = (load_hint(args, job.hint) * 255).round().astype(np.uint8) if job.hint not in rows else None
+        row = rows.setdefault(job.hint, [colours] if colours is not None else [])
+        image = read_image(job.target)
+        row += [image, overlay(image, row[0])]
+    pages = list(rows.values())
+    for i in range(0, len(pages), ROWS_OF_A_SHEET):
+        page = pages[i : i + ROWS_OF_A_SHEET]
+        write_png(args.out / f"contact_sheet_{i // ROWS_OF_A_SHEET + 1:03d}.png", sheet(page))
+
+
+if __name__ == "__main__":
+    main()

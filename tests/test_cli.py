@@ -1,0 +1,159 @@
+"""Every script: help is its docstring, wrong arguments are refused, flags are frozen, imports do nothing."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from house import flags_in, help_of, parse, run_script, scripts
+
+# The flags that users have in their fingers. A new flag is a new entry here, in the same change.
+FLAGS = {
+    "tool_doctor.py": {"--json"},
+    "tutorial_dataset.py": {"--root", "--index"},
+}
+# What the predecessors' scripts took has to stay, whatever else a script learns.
+INHERITED = {
+    "tutorial_train.py": {
+        *("--resume_path", "--batch_size", "--logger_freq", "--sd_locked", "--config", "--dataset"),
+        *("--max_steps", "--default_root_dir", "--gpus"),
+        *("--no-sd_locked", "--print_config"),
+    },
+    "noise_prior.py": {
+        *("--dataset", "--sample_size", "--ddpm_steps", "--seed", "--save_name", "--config", "--ckpt"),
+        *("--resolution", "--save_dir"),
+    },
+    "noise_prior_inference.py": {
+        *(
+            "--dataset",
+            "--sample_size",
+            "--diffusion_steps",
+            "--seed",
+            "--save_dir",
+            "--resolution",
+            "--ckpt",
+        ),
+        *("--config", "--stat_dir", "--stat_name", "--scale", "--prior_type", "--spatial_scale"),
+        *("--class_scale", "--batch_size"),
+    },
+}
+HEAVY = {"torch", "pytorch_lightning", "open_clip", "torchvision", "diffusers", "transformers", "gradio"}
+
+every_script = pytest.mark.parametrize("script", [path.name for path in scripts()])
+
+
+def statements_with_effect(source: str) -> list[str]:
+    """Return the top-level statements that do something when a module is imported."""
+    return [ast.unparse(node) for node in ast.parse(source).body if not is_inert(node)]
+
+
+def is_inert(node: ast.stmt) -> bool:
+    """Return whether a top-level statement only imports, defines, documents or guards `main`."""
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef):
+        return True
+    if isinstance(node, ast.If):
+        test = ast.unparse(node.test)
+        return test == "__name__ == '__main__'" or (
+            test in ("TYPE_CHECKING", "typing.TYPE_CHECKING") and all(is_inert(child) for child in node.body)
+        )
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        return not any(is_effect(child) for child in ast.walk(node))
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def is_effect(node: ast.AST) -> bool:
+    """Return whether an expression calls anything but what only makes a value."""
+    harmless = {
+        "Path",
+        "resolve",
+        "getLogger",
+        "frozenset",
+        "set",
+        "dict",
+        "tuple",
+        "list",
+        "compile",
+        "range",
+    }
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Await | ast.NamedExpr)
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name not in harmless and not name[:1].isupper()  # a capital makes an object of a class
+
+
+@every_script
+def test_help_is_the_docstring_and_needs_no_heavy_import(script: str) -> None:
+    result = help_of(script)
+    docstring = ast.get_docstring(parse(Path(__file__).parent.parent / script))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert docstring, "the docstring is the help page"
+    assert " ".join(docstring.split()) in " ".join(result.stdout.split())
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert imported & HEAVY == set(), "arguments are read before anything heavy is imported"
+
+
+@every_script
+def test_an_unknown_flag_exits_with_2_and_is_named(script: str) -> None:
+    result = run_script(script, "--no-such-flag")
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "usage:" in result.stderr
+
+
+@every_script
+def test_importing_a_script_does_nothing(script: str) -> None:
+    source = (Path(__file__).parent.parent / script).read_text(encoding="utf-8")
+    assert statements_with_effect(source) == []
+
+
+@every_script
+def test_flags_are_frozen(script: str) -> None:
+    flags = flags_in(help_of(script).stdout) - {"-h", "--help"}
+    assert INHERITED.get(script, set()) <= flags
+    if script not in FLAGS:
+        pytest.skip(f"{script} has no row in FLAGS yet; it takes {', '.join(sorted(flags)) or 'none'}")
+    assert flags == FLAGS[script]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.set_num_threads(1)",
+        "MODEL = load_model()",
+        "for x in y:\n    pass",
+        "parser.add_argument('--x')",
+        "if True:\n    import os",
+        "ROOT, y = Path('.'), os.makedirs('out')",
+    ],
+)
+def test_a_planted_effect_is_caught(source: str) -> None:
+    assert statements_with_effect(source)
+
+
+def test_a_plain_script_has_no_effect() -> None:
+    source = '"""Help."""\nimport os\nX: int = 3\nROOT = Path(__file__).resolve().parent\n'
+    source += "ROWS = (Row('a', 1),)\nif __name__ == '__main__':\n    main()\n"
+    assert statements_with_effect(source) == []
+
+
+PAGE = """usage: x.py [-h]
+
+Use --not-this one.
+  --nor-this in a docstring
+
+positional arguments:
+  source  a --file
+
+options:
+  -h, --help  show
+  --sd_locked, --no-sd_locked  see --other
+  -s SEED, --seed SEED
+                 --wrapped help text
+
+sampling:
+  --eta ETA  x
+"""
+
+
+def test_flags_are_read_from_the_option_lines_only() -> None:
+    assert flags_in(PAGE) == {"-h", "--help", "--sd_locked", "--no-sd_locked", "-s", "--seed", "--eta"}

@@ -1,0 +1,280 @@
+"""Train a ControlNet: python tutorial_train.py --dataset NAME [key=value ...]
+
+    python tutorial_train.py --dataset cityscapes
+    python tutorial_train.py --dataset cityscapes data.root=/data/cityscapes train.lr=2e-6 --max_steps 20000
+    python tutorial_train.py --dataset cityscapes --config models/cldm_v21.yaml \\
+        --resume_path models/control_sd21_ini.safetensors
+    python tutorial_train.py --dataset cityscapes --print_config
+
+The run is configs/NAME.yaml with the flags and then the key=value lines over it; --config names another run
+file, or another model file (told apart by content). Checkpoints, sample grids and TensorBoard events go to
+DEFAULT_ROOT_DIR/lightning_logs/version_N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from cldm.config import RANDOM, load_run_config
+from datasets import DATASETS, create_dataset, find_entry, missing_paths
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader
+
+    from cldm.cldm import ControlLDM
+
+log = logging.getLogger("tutorial_train")
+
+# A flag of the predecessors, and the key that it sets.
+FLAGS = {
+    "batch_size": "train.batch_size",
+    "default_root_dir": "train.default_root_dir",
+    "gpus": "train.gpus",
+    "logger_freq": "train.logger_freq",
+    "max_steps": "train.max_steps",
+    "resume_path": "model.checkpoint",
+    "sd_locked": "train.sd_locked",
+}
+
+OBTAIN_WEIGHTS = """\
+  SD 1.5: v1-5-pruned.safetensors of huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
+  SD 2.1: v2-1_512-ema-pruned.safetensors of huggingface.co/stabilityai/stable-diffusion-2-1-base
+  put it into models/ and add a control branch: python tool_add_control.py models/FILE {checkpoint}"""
+WORKS_NOW = """\
+What works without weights, to try the machinery on your data with a random miniature:
+  python tutorial_train.py --dataset {dataset} --config models/cldm_streets.yaml --resume_path random \
+data.size=[128,256] --max_steps 20"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the flags; a flag that is not given leaves its key to the run file."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=layout, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--dataset",
+        default=None,
+        help=f"one of {', '.join(DATASETS)}; by default the run file's, or cityscapes",
+    )
+    parser.add_argument("--config", default=None, help="run file or model file (YAML)")
+    parser.add_argument("--batch_size", type=int, help="samples of a batch on one device")
+    parser.add_argument("--default_root_dir", help="folder that the run writes into")
+    parser.add_argument("--gpus", type=int, nargs="+", help="GPU ids; absent means automatic")
+    parser.add_argument("--logger_freq", type=int, help="optimizer steps between two sample grids")
+    parser.add_argument("--max_steps", type=int, help="optimizer steps")
+    parser.add_argument("--resume_path", help="weights to start from (no optimizer state); 'random' for none")
+    parser.add_argument(
+        "--sd_locked", action=argparse.BooleanOptionalAction, help="keep the UNet's decoder frozen"
+    )
+    parser.add_argument("--print_config", action="store_true", default=False, help="print the run and exit")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="any key of the run, e.g. train.lr=2e-6"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def resolve(args: argparse.Namespace) -> DictConfig:
+    """The configuration of the run: run file, then flags, then overrides."""
+    given = vars(args)
+    flags = [f"{key}={json.dumps(given[flag])}" for flag, key in FLAGS.items() if flag in given]
+    if args.dataset is not None:
+        find_entry(args.dataset)
+    config = load_run_config(args.dataset, args.config, [*flags, *given.get("overrides", [])])
+    find_entry(config.data.name)
+    config.model.checkpoint = str(find_weights(config.model.checkpoint))
+    return config
+
+
+def find_weights(name: str) -> Path:
+    """The weights, under the name that was given or as the other of .safetensors and .ckpt."""
+    path = Path(name)
+    other = path.with_suffix(".ckpt" if path.suffix == ".safetensors" else ".safetensors")
+    return other if name != RANDOM and not path.exists() and other.exists() else path
+
+
+def find_missing(config: DictConfig) -> list[str]:
+    """Everything that the run needs and that is not there, each with where it is obtained."""
+    entry = find_entry(config.data.name)
+    missing = [f"{path} is missing" for path in missing_paths(config.data.name, config.data.root)]
+    if missing:
+        missing.append(f"  the data set is obtained from {entry.source}; its folder is data.root=DIR")
+    if not Path(config.model.config).exists():
+        missing.append(f"{config.model.config} is missing: the model file (YAML), named by --config")
+    if config.model.checkpoint != RANDOM and not Path(config.model.checkpoint).exists():
+        missing.append(
+            f"{config.model.checkpoint} is missing: the weights to start from, named by --resume_path"
+        )
+        missing.append(OBTAIN_WEIGHTS.format(checkpoint=config.model.checkpoint))
+    return missing
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Configuration -> model -> data -> trainer -> fit."""
+    args = parse_args(argv)
+    try:
+        config = resolve(args)
+    except (ValueError, FileNotFoundError) as error:
+        refuse(str(error))
+    if args.print_config:
+        print(OmegaConf.to_yaml(config))
+        return
+    if missing := find_missing(config):
+        refuse("\n".join(["cannot start:", *missing, WORKS_NOW.format(dataset=config.data.name)]))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    train(config)
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says of every run here: that frozen modules are in eval mode, and its tips."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (r"Found \d+ module\(s\) in eval mode", "The number of training batches", "`isinstance"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def refuse(message: str) -> NoReturn:
+    """Say why nothing is done, exit with 2."""
+    print(f"tutorial_train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def train(config: DictConfig) -> None:
+    """Run one training; its parts are the functions below."""
+    import pytorch_lightning as pl
+
+    quiet_lightning()
+    pl.seed_everything(config.train.seed, verbose=False)
+    try:
+        model, saver = build_model(config)
+        dataset = create_dataset(config.data.name, **dataset_options(config))
+        grid = grid_samples(config) or [
+            dataset[i] for i in range(min(config.sample.num_images, len(dataset)))
+        ]
+        trainer = build_trainer(config, [saver, *build_callbacks(config, grid)])
+    except (ValueError, FileNotFoundError) as error:
+        refuse(str(error))
+    log.info("%d samples of %s, %d trained parameters", len(dataset), dataset.root, count_trained(model))
+    trainer.fit(model, build_loader(config, dataset))
+
+
+def build_model(config: DictConfig) -> tuple[ControlLDM, pl.Callback]:
+    """The model with its weights, and the callback that saves what is trained of it."""
+    from cldm.model import base_of, create_model, load_model_config
+    from cldm.saver import ControlCheckpoint
+
+    choices = {name: config.model[name] for name in ("parameterization", "attn_backend")}
+    model_config = load_model_config(config.model.config, **choices)
+    base, carried = None, set()
+    if config.model.checkpoint == RANDOM:
+        model = create_model(model_config)
+    else:
+        model = create_model(model_config, config.model.checkpoint, config.model.base)
+        base, carried = base_of(config.model.checkpoint, config.model.base)
+    model.learning_rate = config.train.lr
+    model.sd_locked = config.train.sd_locked
+    model.only_mid_control = config.train.only_mid_control
+    notes = {"model_config": OmegaConf.to_yaml(model_config), "run_config": OmegaConf.to_yaml(config)}
+    return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
+
+
+def dataset_options(config: DictConfig) -> dict[str, Any]:
+    """Keywords of the data set; what the run leaves open is the data set's own."""
+    options = {name: config.data[name] for name in ("root", "split", "size", "prompt")}
+    return {
+        name: OmegaConf.to_object(value) if name == "size" else value
+        for name, value in options.items()
+        if value
+    }
+
+
+def grid_samples(config: DictConfig) -> Sequence[Any]:
+    """Validation maps for the sample grid; none when the run or the data set has no validation split."""
+    cls = find_entry(config.data.name).load()
+    if config.data.val_split is None or not hasattr(cls, "preview"):
+        return []
+    options = {**dataset_options(config), "split": config.data.val_split}
+    try:
+        return cls.preview(config.sample.num_images, **options)
+    except FileNotFoundError as error:
+        log.warning("%s The sample grid shows training maps instead.", error)
+        return []
+
+
+def build_loader(config: DictConfig, dataset: Any) -> DataLoader:
+    """Shuffled batches; a data set smaller than a batch is one batch."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        dataset,
+        batch_size=config.train.batch_size,
+        shuffle=True,
+        drop_last=len(dataset) >= config.train.batch_size,
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
+    )
+
+
+def build_callbacks(config: DictConfig, grid: Sequence[Any]) -> list[pl.Callback]:
+    """Sample grids and progress."""
+    from cldm.logger import ImageLogger
+    from cldm.progress import StepProgressBar
+
+    images_per_step = config.train.batch_size * config.train.accumulate
+    settings = OmegaConf.to_object(config.sample)
+    images = ImageLogger(config.train.logger_freq, config.sample.num_images, samples=grid, settings=settings)
+    return [images, StepProgressBar(images_per_step)]
+
+
+def build_trainer(config: DictConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's loop over optimizer steps."""
+    import pytorch_lightning as pl
+    import torch
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        log.warning("no GPU found: training on the CPU")
+    return pl.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=list(config.train.gpus) if on_gpu and config.train.gpus else ("auto" if on_gpu else 1),
+        precision=pick_precision(config.train.precision),
+        max_steps=config.train.max_steps,
+        accumulate_grad_batches=config.train.accumulate,
+        gradient_clip_val=config.train.clip,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(config.train.default_root_dir),
+        default_root_dir=config.train.default_root_dir,
+        log_every_n_steps=10,
+        enable_checkpointing=False,  # ControlCheckpoint writes them
+        enable_model_summary=False,
+    )
+
+
+def pick_precision(wanted: str) -> Any:
+    """Lightning's precision: on a GPU bf16 where the hardware has it, else fp16; float32 on a CPU."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+
+
+def count_trained(model: ControlLDM) -> int:
+    """Parameters in the optimizer."""
+    return sum(parameter.numel() for parameter in model.trainable_parameters())
+
+
+if __name__ == "__main__":
+    main()
