@@ -6,9 +6,9 @@
         --hint edited_map.png --hint_type colours --prompt "a street at night" --num 4 --out out/
 
 Hints are maps of label ids (_labelIds) or train ids (_labelTrainIds), maps painted in the colours of
---palette, or with --hint_type image the hint itself. An image is OUT/<name of the hint>_seed<seed>.png with its
-settings in it; contact sheets (map, then image and overlay for each seed) lie beside. A half-done folder is
-completed.
+--palette, or with --hint_type image the hint itself. An image is OUT/<name of the hint>_seed<seed>.png with
+its settings in it; contact sheets lie beside (a row for each hint: the map, then image and overlay for each
+seed). A half-done folder is completed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 from cldm.config import SampleConfig
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
 from datasets.hints import HINT_TYPES, find_hints, read_hint
-from datasets.label_space import LabelSpace
+from datasets.label_space import LabelSpace, read_image
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,7 +37,11 @@ if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
 
 ROWS_OF_A_SHEET = 16
+KEPT_HINTS = 64
 log = logging.getLogger("generate")
+
+
+HintReader = Callable[[Path], NDArray[np.float32]]
 
 
 class Job(NamedTuple):
@@ -125,10 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(
             "%d images, %d of them there already; prompt: %s", len(jobs), len(jobs) - len(todo), args.prompt
         )
+        read = hint_reader(args)
+        for hint in dict.fromkeys(job.hint for job in jobs):
+            read(hint)  # a bad hint is named before the first image is made
         if todo:
-            check_hints(args, jobs)
-            run_jobs(args, load_model(args), todo)
-        write_sheets(args, jobs)
+            run_jobs(args, read, load_model(args), todo)
+        write_sheets(args, read, jobs)
     except (ValueError, OSError) as error:
         refuse(str(error))
     print(f"{len(jobs)} images in {args.out}")
@@ -205,17 +213,15 @@ def is_done(job: Job, overwrite: bool) -> bool:
     return not differing
 
 
-def check_hints(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Read every hint once, so that a bad one is named before the first image is made."""
-    sizes = {load_hint(args, hint).shape[:2]: hint for hint in dict.fromkeys(job.hint for job in jobs)}
-    if len(sizes) > 1:
-        found = " and ".join(f"{h}x{w} ({hint})" for (h, w), hint in list(sizes.items())[:2])
-        raise ValueError(f"expected hints of one size, found {found}; pass --size H W")
+def hint_reader(args: argparse.Namespace) -> HintReader:
+    """A function from a path to its hint, (H, W, 3) float32 in [0, 1]; the last ones are kept."""
+    space, size = LabelSpace.load(args.palette), args.size and tuple(args.size)
 
+    @lru_cache(maxsize=KEPT_HINTS)
+    def read(path: Path) -> NDArray[np.float32]:
+        return read_hint(path, args.hint_type, space, size)
 
-def load_hint(args: argparse.Namespace, path: Path) -> NDArray[np.float32]:
-    """(H, W, 3) float32 in [0, 1]."""
-    return read_hint(path, args.hint_type, LabelSpace.load(args.palette), args.size and tuple(args.size))
+    return read
 
 
 def load_model(args: argparse.Namespace) -> ControlLDM:
@@ -238,7 +244,7 @@ def load_model(args: argparse.Namespace) -> ControlLDM:
     return model
 
 
-def run_jobs(args: argparse.Namespace, model: ControlLDM, jobs: Sequence[Job]) -> None:
+def run_jobs(args: argparse.Namespace, read: HintReader, model: ControlLDM, jobs: Sequence[Job]) -> None:
     """Sample batch after batch; each image is written as soon as it is there."""
     import torch
     from tqdm import tqdm
@@ -247,11 +253,8 @@ def run_jobs(args: argparse.Namespace, model: ControlLDM, jobs: Sequence[Job]) -
 
     settings = sample_settings(args)
     with tqdm(total=len(jobs), unit="image") as bar:
-        for start in range(0, len(jobs), args.batch_size):
-            batch = jobs[start : start + args.batch_size]
-            hints = torch.from_numpy(np.stack([load_hint(args, job.hint) for job in batch])).permute(
-                0, 3, 1, 2
-            )
+        for batch in batches(jobs, read, args.batch_size):
+            hints = torch.from_numpy(np.stack([read(job.hint) for job in batch])).permute(0, 3, 1, 2)
             images = generate(model, hints, [args.prompt] * len(batch), [job.seed for job in batch], settings)
             for job, image in zip(batch, images.numpy(), strict=True):
                 job.target.parent.mkdir(parents=True, exist_ok=True)
@@ -259,20 +262,23 @@ def run_jobs(args: argparse.Namespace, model: ControlLDM, jobs: Sequence[Job]) -
             bar.update(len(batch))
 
 
-def write_sheets(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Contact sheets: map, then image and overlay for each seed; a row for each hint."""
-    from datasets.label_space import read_image
+def batches(jobs: Sequence[Job], read: HintReader, batch_size: int) -> Iterator[list[Job]]:
+    """Neighbouring jobs whose hints have one size, at most `batch_size` of them."""
+    for _, same_size in groupby(jobs, key=lambda job: read(job.hint).shape):
+        run = list(same_size)
+        yield from (run[i : i + batch_size] for i in range(0, len(run), batch_size))
 
-    rows: dict[Path, list[NDArray[np.uint8]]] = {}
-    for job in jobs:
-        colours = (load_hint(args, job.hint) * 255).round().astype(np.uint8) if job.hint not in rows else None
-        row = rows.setdefault(job.hint, [colours] if colours is not None else [])
-        image = read_image(job.target)
-        row += [image, overlay(image, row[0])]
-    pages = list(rows.values())
-    for i in range(0, len(pages), ROWS_OF_A_SHEET):
-        page = pages[i : i + ROWS_OF_A_SHEET]
-        write_png(args.out / f"contact_sheet_{i // ROWS_OF_A_SHEET + 1:03d}.png", sheet(page))
+
+def write_sheets(args: argparse.Namespace, read: HintReader, jobs: Sequence[Job]) -> None:
+    """Contact sheets: a row for each hint, with the map, then image and overlay for each seed."""
+    hints = list(dict.fromkeys(job.hint for job in jobs))
+    for i in range(0, len(hints), ROWS_OF_A_SHEET):
+        rows = []
+        for hint in hints[i : i + ROWS_OF_A_SHEET]:
+            colours = (read(hint) * 255).round().astype(np.uint8)
+            images = [read_image(job.target) for job in jobs if job.hint == hint]
+            rows.append([colours, *(part for image in images for part in (image, overlay(image, colours)))])
+        write_png(args.out / f"contact_sheet_{i // ROWS_OF_A_SHEET + 1:03d}.png", sheet(rows))
 
 
 if __name__ == "__main__":

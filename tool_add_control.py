@@ -15,6 +15,10 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STREETS = (Path("models/streets_base.safetensors"), Path("models/control_streets_ini.safetensors"))
 
@@ -61,6 +65,20 @@ def describe(sources: Mapping[str, str]) -> str:
     return "\n".join([*lines, f"{len(new)} tensors new:", *(f"  {key}" for key in new)])
 
 
+def read_branch(path: Path) -> dict[str, Tensor]:
+    """Tensors of a control file; a branch that was trained together with its UNet's decoder is refused."""
+    from cldm.checkpoint import parts, to_model_keys
+    from cldm.tensor_files import CheckpointError, read_tensors
+
+    control = to_model_keys(read_tensors(path))
+    if parts(control) == {"unet", "control"}:
+        raise CheckpointError(
+            f"{path} carries a UNet decoder that was trained with its control branch, so the branch alone "
+            f"is of no use; train on from it: python tutorial_train.py --resume_path {path}"
+        )
+    return control
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, combine, write, report."""
     args = parse_args(argv)
@@ -77,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "control" in parts(base):
             raise CheckpointError(f"{args.source} has a control branch already; expected weights without one")
         config = load_model_config(args.config or MODEL_FILES[architecture])
-        control = to_model_keys(read_tensors(args.control)) if args.control else None
+        control = read_branch(args.control) if args.control else None
         state, sources = add_control(config, base, control, args.seed)
         write_tensors(args.target, state, {"model_config": OmegaConf.to_yaml(config)})
     except (ValueError, FileNotFoundError) as error:

@@ -157,7 +157,7 @@ def train(config: DictConfig) -> None:
     try:
         model, saver = build_model(config)
         dataset = create_dataset(config.data.name, **dataset_options(config))
-        grid = grid_samples(config) or [
+        grid = grid_samples(config, dataset) or [
             dataset[i] for i in range(min(config.sample.num_images, len(dataset)))
         ]
         trainer = build_trainer(config, [saver, *build_callbacks(config, grid)])
@@ -197,14 +197,15 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def grid_samples(config: DictConfig) -> Sequence[Any]:
+def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
     """Validation maps for the sample grid; none when the run or the data set has no validation split."""
-    cls = find_entry(config.data.name).load()
-    if config.data.val_split is None or not hasattr(cls, "preview"):
+    split, count = config.data.val_split, config.sample.num_images
+    if split is None or not hasattr(dataset, "preview"):
         return []
-    options = {**dataset_options(config), "split": config.data.val_split}
     try:
-        return cls.preview(config.sample.num_images, **options)
+        return dataset.preview(
+            count, root=dataset.root, split=split, size=dataset.size, prompt=dataset.prompt
+        )
     except FileNotFoundError as error:
         log.warning("%s The sample grid shows training maps instead.", error)
         return []

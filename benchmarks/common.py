@@ -1,7 +1,7 @@
 """What the benchmarks share: arguments, alternating timing, the facts of the machine, one line of JSON.
 
-Timings of a shared machine drift by factors within minutes, so both sides run in turn within one run, and what
-is quoted are ratios of neighbours, beside medians and minima.
+Timings of a shared machine drift by factors within minutes, so both sides run in turn within one run, and
+what is quoted are ratios of neighbours, beside medians and minima.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 def open_project() -> None:
     """Make our packages importable, and tests/oracles.py, which needs diffusers from requirements-dev.txt."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", ".", "tests")]
     os.chdir(ROOT)  # model files are named relative to it
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # all weights are made here
 
@@ -37,7 +37,7 @@ def make_parser(description: str | None, *, steps: int) -> argparse.ArgumentPars
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     add = parser.add_argument
-    add("--arch", choices=ARCHITECTURES, default="streets", help="sizes of the networks (default: %(default)s)")
+    add("--arch", choices=ARCHITECTURES, default="streets", help="sizes (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), default=[64, 128], help="of the images, in pixels")
     add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     add("--steps", type=int, default=steps, help="counted steps of each side (default: %(default)s)")
@@ -107,8 +107,8 @@ def figures(value: float, digits: int = 4) -> float:
 def status_mib(field: str, file: str = "/proc/self/status") -> float | None:
     """A field of a file of /proc in MiB; None where the system has no such file.
 
-    VmHWM is the peak of resident memory of this process. `ru_maxrss` would say that of the parent too, because
-    it lives on through exec.
+    VmHWM is the peak of resident memory of this process. `ru_maxrss` may be that of its parent, because it
+    lives on through exec.
     """
     path = Path(file)
     if not path.exists():

@@ -2,9 +2,9 @@
 
     python benchmarks/full_size.py --work DIR
 
-Makes a random base (in a process of its own: it holds all of it), then runs tool_add_control.py, one training step at 256x256 and a 4-step sample at 256x256,
-each in its own process, and prints one JSON line: seconds and peak memory of each, sizes of the files. Needs
-12 GB of disk in DIR, which is emptied again.
+Makes a random base (in a process of its own: it holds all of it), then runs tool_add_control.py, one training
+step at 256x256 and a 4-step sample at 256x256, each in its own process, and prints one JSON line: seconds and
+peak memory of each, sizes of the files. Needs 12 GB of disk in DIR, which is emptied again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def run(*command: str | Path) -> dict[str, float]:
     """Run a script of the project; seconds, and the peak of its resident memory in GiB."""
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=sys.stderr, env=environment)
+    child = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=sys.stderr, env=environment
+    )
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         sys.exit(f"{command[0]} failed")
@@ -45,7 +47,9 @@ def make_base(path: Path) -> None:
 
     torch.manual_seed(0)
     state = create_model(ROOT / "models/cldm_v15.yaml").state_dict()
-    write_tensors(path, {k: v for k, v in state.items() if not k.startswith("control_model.") and k != "logvar"})
+    write_tensors(
+        path, {k: v for k, v in state.items() if not k.startswith("control_model.") and k != "logvar"}
+    )
 
 
 def make_frames(root: Path) -> Path:
@@ -65,7 +69,9 @@ def make_frames(root: Path) -> Path:
 
 def main() -> None:
     """Make, add control, train one step, sample; print one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path(), help="folder on a disk with 12 GB free")
     parser.add_argument("--steps", type=int, default=1, help="training steps (default: %(default)s)")
     parser.add_argument("--make_base", type=Path, help="only write the random base to this file")

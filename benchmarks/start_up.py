@@ -1,14 +1,14 @@
 """From the start of a process to the end of its first sampling step: ours and diffusers in turn.
 
-    python benchmarks/start_up.py                                        # the Streets miniature, made on the fly
-    python benchmarks/start_up.py --make work_dir/sd15 --arch sd15       # 5.7 GB twice, random weights
+    python benchmarks/start_up.py                                     # the Streets miniature, made on the fly
+    python benchmarks/start_up.py --make work_dir/sd15 --arch sd15    # 5.7 GB twice, random weights
     python benchmarks/start_up.py --ckpt work_dir/sd15/model.safetensors --diffusers work_dir/sd15/diffusers
 
-Each run is a fresh process that imports, loads the weights, encodes the prompts and makes the first of 20 guided
-steps under control. Both sides read the same weights, ours from one safetensors file, theirs from the folder that
-a pipeline is loaded from. Times count from the moment the process is asked for, so imports are in them. Peak memory
-is twofold: peak_rss_mib counts the pages of mapped weight files, which the system can take back, peak_anonymous_mib
-does not.
+Each run is a fresh process that imports, loads the weights, encodes the prompts and makes the first of 20
+guided steps under control. Both sides read the same weights, ours from one safetensors file, theirs from the
+folder that a pipeline is loaded from. Times count from the moment the process is asked for, so imports are in
+them. Peak memory is twofold: peak_rss_mib counts the pages of mapped weight files, which the system can take
+back, peak_anonymous_mib does not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import ARCHITECTURES, PROMPT, environment, figures, memory_mib, open_project, ratio, report, say, status_mib
+from common import (
+    ARCHITECTURES,
+    PROMPT,
+    environment,
+    figures,
+    memory_mib,
+    open_project,
+    ratio,
+    report,
+    say,
+    status_mib,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_inputs(folder: Path, arch: str) -> tuple[Path, Path]:
-    """Write one model with random weights as our checkpoint and as a diffusers pipeline; in a process that ends."""
+    """One model with random weights, as our checkpoint and as a diffusers pipeline; another process."""
     paths = folder / "model.safetensors", folder / "diffusers"
     if not (paths[0].exists() and paths[1].exists()):
         code = f"import start_up; start_up.write_inputs({str(folder)!r}, {arch!r})"

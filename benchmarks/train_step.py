@@ -3,8 +3,8 @@
     python benchmarks/train_step.py                                      # the Streets miniature
     python benchmarks/train_step.py --arch sd15 --size 256 256 --batch 1 --steps 5 --memory
 
-A step encodes images and texts, draws from the posterior, adds noise, runs control branch and UNet, goes backward
-and updates the control branch. The step of diffusers is that of its examples/controlnet/train_controlnet.py, with
+A step encodes images and texts, draws from the posterior, adds noise, runs control branch and UNet, goes
+backward and updates the control branch. The step of diffusers is that of its example train_controlnet.py with
 torch's AdamW as it comes; `diffusers_fused` is the same with the fused kernel that ours uses, so that
 ratio_same_optimizer compares the networks alone. Neither clips gradients.
 
@@ -133,8 +133,8 @@ def their_loss(peer: Peer, args: argparse.Namespace) -> Callable[[Inputs], Tenso
 
     scheduler = train_schedule()
     dtype = torch.float32 if args.precision == "32" else torch.bfloat16
-    for network in (peer.vae, peer.text_encoder, peer.unet):  # as the example casts what is frozen
-        network.to(dtype)
+    for network in (peer.vae, peer.text_encoder, peer.unet) if args.precision == "bf16" else ():
+        network.to(dtype)  # as the example casts what is frozen
 
     def loss(inputs: Inputs) -> Tensor:
         images, hints = (x.permute(0, 3, 1, 2).contiguous() for x in (inputs.images, inputs.hints))
@@ -143,8 +143,9 @@ def their_loss(peer: Peer, args: argparse.Namespace) -> Callable[[Inputs], Tenso
             noise = inputs.noise.to(dtype)
             noisy = scheduler.add_noise(latents, noise, inputs.t)
             text = encode_text(peer, inputs.texts)
+            hints = hints.to(dtype)
             down, middle = peer.controlnet(
-                noisy, inputs.t, encoder_hidden_states=text, controlnet_cond=hints.to(dtype), return_dict=False
+                noisy, inputs.t, encoder_hidden_states=text, controlnet_cond=hints, return_dict=False
             )
             prediction = peer.unet(
                 noisy,
@@ -210,8 +211,9 @@ def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[str, Any]:
     steps = alternate(calls, args.steps, warmup=args.warmup, device=args.device)
     updates = {name: values[args.warmup :] for name, values in updates.items()}
     networks = {name: [a - b for a, b in zip(steps[name], updates[name], strict=True)] for name in sides}
+    optimizer = {name: {"optimizer_median_s": summary(updates[name])["median_s"]} for name in sides}
     return {
-        **{name: summary(steps[name]) | {"optimizer_median_s": summary(updates[name])["median_s"]} for name in sides},
+        **{name: summary(steps[name]) | optimizer[name] for name in sides},
         "ratio": ratio(steps["diffusers"], steps["ours"]),
         "ratio_same_optimizer": ratio(steps["diffusers_fused"], steps["ours"]),
         "ratio_network": ratio(networks["diffusers"], networks["ours"]),
@@ -229,7 +231,7 @@ def train_step(args: argparse.Namespace, side: Side, inputs: Inputs) -> float:
 
 
 def share_state(sides: dict[str, Side], args: argparse.Namespace) -> None:
-    """Let the optimizers work on the same moments, because three times those of SD1.5 do not fit small machines.
+    """Let the optimizers work on the same moments: three times those of SD1.5 do not fit a small machine.
 
     The parameters are paired by the memory that they share.
     """

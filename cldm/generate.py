@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ class Sampler(NamedTuple):
 
 SAMPLERS = {
     "ddim": Sampler(sample_ddim, ddim_timesteps, True),
-    "dpm++2m": Sampler(sample_dpm_solver, uniform_timesteps, False),
+    # Ends without noise, as diffusers' scheduler does: its last step is a long one, and first order.
+    "dpm++2m": Sampler(partial(sample_dpm_solver, end=1.0), uniform_timesteps, False),
 }
 
 

@@ -200,20 +200,17 @@ def add_control(
     with torch.device("meta"):
         target = instantiate_from_config(params).state_dict()
     check_schedule(target["alphas_cumprod"], base, "the base")
-    fresh = new_tensors(target, params["params"]["control_stage_config"]["params"], seed)
-    state, sources = {}, {}
-    for key in target:
-        encoder_key = UNET + key.removeprefix(CONTROL)
-        if key in SCHEDULE_KEYS:
-            state[key], sources[key] = target[key], key if key in base else "NEW"
-        elif control is not None and key in control and key.startswith(CONTROL):
-            state[key], sources[key] = control[key], "CONTROL"
-        elif key in base:
-            state[key], sources[key] = base[key], key
-        elif key in fresh and control is None:
-            state[key], sources[key] = fresh[key], "NEW"
-        elif key.startswith(CONTROL) and encoder_key in base and control is None:
-            state[key], sources[key] = base[encoder_key], encoder_key
+    found = {key: (value, key) for key, value in base.items()}
+    if control is None:
+        encoder = ((CONTROL + key.removeprefix(UNET), key) for key in base if key.startswith(UNET))
+        found |= {key: (base[source], source) for key, source in encoder}
+        fresh = new_tensors(target, params["params"]["control_stage_config"]["params"], seed)
+        found |= {key: (value, "NEW") for key, value in fresh.items()}
+    else:
+        found |= {key: (value, "CONTROL") for key, value in control.items() if key.startswith(CONTROL)}
+    found |= {key: (target[key], key if key in base else "NEW") for key in SCHEDULE_KEYS}
+    state = {key: found[key][0] for key in target if key in found}
+    sources = {key: found[key][1] for key in state}
     leftover = {
         key: value for source in (base, control or {}) for key, value in source.items() if key not in target
     }

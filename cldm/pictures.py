@@ -27,15 +27,15 @@ def overlay(image: Rgb, colours: Rgb, opacity: float = 0.5) -> Rgb:
 
 
 def sheet(rows: Sequence[Sequence[Rgb]]) -> Rgb:
-    """Rows of equally sized pictures as one, with white gaps."""
-    height, width = rows[0][0].shape[:2]
+    """Rows of pictures as one, with white gaps; the largest picture sets the size of a cell."""
+    height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (0, 1))
     columns = max(len(row) for row in rows)
     size = (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3)
     canvas = np.full(size, 255, dtype=np.uint8)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             y, x = i * (height + GAP), j * (width + GAP)
-            canvas[y : y + height, x : x + width] = picture
+            canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     return canvas
 
 

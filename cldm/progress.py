@@ -23,6 +23,7 @@ class StepProgressBar(pl.callbacks.ProgressBar):
         self.images_per_step = images_per_step
         self.bar: tqdm | None = None
         self.is_active = True
+        self.is_projected = False
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this on all ranks but the first."""
@@ -31,13 +32,15 @@ class StepProgressBar(pl.callbacks.ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
         self.bar = tqdm(total=trainer.max_steps, unit="step", desc="training", disable=not self.is_active)
+        self.is_projected = pl_module.device.type != "cpu"
         self.start = self.shown = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Advance the bar when an optimizer step is done."""
         assert self.bar is not None
         now, step = time.monotonic(), trainer.global_step
-        if step > self.bar.n == 0 and pl_module.device.type == "cpu":
+        if step > 0 and not self.is_projected:
+            self.is_projected = True
             self.project(now - self.start, trainer.max_steps)
         if now - self.shown > REFRESH_SECONDS or step == trainer.max_steps:
             self.bar.update(step - self.bar.n)

@@ -15,7 +15,12 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"model_channels": 32, "channel_mult": [1, 2, 2, 2], "num_res_blocks": 2, "attention_resolutions": [4, 2, 1]}
+SIZES = {
+    "model_channels": 32,
+    "channel_mult": [1, 2, 2, 2],
+    "num_res_blocks": 2,
+    "attention_resolutions": [4, 2, 1],
+}
 STYLES: dict[str, dict[str, Any]] = {
     "sd1": {"num_heads": 4, "context_dim": 48, "norm_groups": 8},
     "sd2": {"num_head_channels": 16, "context_dim": 64, "use_linear_in_transformer": True},
@@ -72,14 +77,20 @@ def test_unet_control_and_their_sum_equal_diffusers(style: str, inputs: dict[str
     assert relative_error(steered, plain) > 0.01  # or the next line would not test the control
     assert relative_error(unet(x, t, context, control=residuals), steered) <= TOLERANCE
     mid_only = their_unet(
-        x, t, context, down_block_additional_residuals=[0 * r for r in down], mid_block_additional_residual=mid
+        x,
+        t,
+        context,
+        down_block_additional_residuals=[0 * r for r in down],
+        mid_block_additional_residual=mid,
     ).sample
     assert relative_error(unet(x, t, context, residuals, only_mid_control=True), mid_only) <= TOLERANCE
     assert len(residuals) == 13  # not eaten
 
 
 @torch.no_grad()
-def test_projected_context_and_hint_features_change_nothing(inputs: dict[str, torch.Tensor], style: str) -> None:
+def test_projected_context_and_hint_features_change_nothing(
+    inputs: dict[str, torch.Tensor], style: str
+) -> None:
     x, t, context, hint = inputs.values()
     control = build("cldm.cldm.ControlNet", hint_channels=3, **published(style))
     direct = control(x, hint, t, context)

@@ -43,6 +43,16 @@ def test_a_sheet_has_every_picture_at_its_place_and_white_between() -> None:
     assert (~seen).any()
 
 
+def test_the_largest_picture_of_a_sheet_sets_its_cells() -> None:
+    small, wide, high = noise(4, 5), noise(4, 9), noise(7, 5)
+    canvas = sheet([[small, wide], [high]])
+    assert canvas.shape == (2 * 7 + GAP, 2 * 9 + GAP, 3)
+    assert (canvas[:4, :5] == small).all()
+    assert (canvas[:4, 9 + GAP : 18 + GAP] == wide).all()
+    assert (canvas[7 + GAP :, :5] == high).all()
+    assert (canvas[4 : 7 + GAP] == 255).all()
+
+
 def test_a_png_holds_its_pixels_and_its_settings_for_any_reader(tmp_path: Path) -> None:
     picture, settings = (
         noise(),
