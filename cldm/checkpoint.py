@@ -10,12 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from cldm.tensor_files import CheckpointError, Shape
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 SCHEDULE_KEYS = frozenset(
     {
         "betas",
@@ -68,6 +72,12 @@ _TEXT_PREFIXES = {
     "sd21": "cond_stage_model.model.",
     "streets": "cond_stage_model.transformer.",
 }
+
+
+def with_position_ids(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the positions 0..76 that published SD1.5 files hold: older programs load strictly and want them."""
+    has_clip = POSITION_IDS.replace("position_ids", "position_embedding.weight") in state
+    return {**state, POSITION_IDS: torch.arange(77)[None]} if has_clip else dict(state)
 
 
 def is_derived(key: str) -> bool:

@@ -12,7 +12,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from cldm.checkpoint import SCHEDULE_KEYS, detect_architecture, match_keys, parts, to_model_keys
+from cldm.checkpoint import (
+    SCHEDULE_KEYS,
+    detect_architecture,
+    match_keys,
+    parts,
+    to_model_keys,
+    with_position_ids,
+)
 from cldm.cldm import ControlLDM, build_hint_block
 from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors, sha256_of
 from ldm.util import instantiate_from_config
@@ -217,7 +224,8 @@ def add_control(
     report = match_keys(shapes_of(target), shapes_of({**leftover, **state}))
     if not report.ok:
         raise CheckpointError(f"the files do not make the model of the model file: {report.sentence()}")
-    return state, sources
+    state = with_position_ids(state)
+    return state, {key: sources.get(key, key) for key in state}
 
 
 def new_tensors(

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from cldm.checkpoint import with_position_ids
 from cldm.cldm import ControlLDM
 from cldm.model import base_notes
 from cldm.tensor_writing import write_tensors
@@ -77,6 +78,6 @@ class ControlCheckpoint(pl.Callback):
         """What belongs into the file."""
         state = model.state_dict()
         if self.base is None:
-            return state
+            return with_position_ids(state)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {name: state[name] for name in state if name in trained | self.carried}

@@ -53,11 +53,12 @@ def published_base(version: str) -> dict[str, Tensor]:
 def test_every_tensor_comes_from_where_the_published_tool_takes_it(version: str) -> None:
     lines = (GOLDEN / f"add_control_map_sd{version}.tsv").read_text().splitlines()
     expected = dict(line.split("\t") for line in lines)
-    expected.pop(POSITION_IDS, None)  # computed in today's text encoder, and in no file that we write
     base = to_model_keys(published_base(version))
     state, sources = add_control(load_model_config(ROOT / f"models/cldm_v{version}.yaml"), base)
     assert sources == expected
     assert state.keys() == expected.keys()
+    if version == "15":
+        assert torch.equal(state[POSITION_IDS], torch.arange(77)[None])  # what transformers stored there
     assert sum(source == "NEW" for source in sources.values()) == 43
     copied = {
         key: source for key, source in sources.items() if key.startswith("control_") and source != "NEW"
@@ -103,7 +104,8 @@ def base_model(tiny_yaml: Path) -> ControlLDM:
 
 @pytest.fixture(scope="module")
 def base_state(base_model: ControlLDM) -> dict[str, Tensor]:
-    return {k: v.detach() for k, v in base_model.state_dict().items() if not k.startswith("control_model.")}
+    state = {k: v.detach() for k, v in base_model.state_dict().items() if not k.startswith("control_model.")}
+    return {**state, POSITION_IDS: torch.arange(77)[None]}  # as published files have it
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_the_file_holds_the_base_and_a_copy_of_its_encoder(
     run: Run, base_model: ControlLDM, base_state: dict[str, Tensor], name: str
 ) -> None:
     found = run(name)
-    assert found.keys() == base_model.state_dict().keys()
+    assert found.keys() == {*base_model.state_dict(), POSITION_IDS}
     for key, value in found.items():
         encoder_key = key.replace("control_model.", "model.diffusion_model.")
         if key in base_state:
@@ -350,3 +352,15 @@ def test_bad_arguments_are_answered_before_torch_is_imported(
     assert sentence in last
     assert "torch" not in done.stderr.replace(last, "")
     assert list(tmp_path.iterdir()) == [tmp_path / "here.ckpt"]
+
+
+def test_a_branch_that_was_trained_with_its_decoder_is_refused(
+    run: Run, base_state: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = {key: value for key, value in base_state.items() if ".output_blocks." in key}
+    control = {"control_model.time_embed.0.bias": torch.zeros(4)}
+    torch.save(control | decoder, "unlocked.pth")
+    code, message = refusal(run, capsys, "--control", "unlocked.pth")
+    assert code != 0
+    assert "trained with its control branch" in message
+    assert "--resume_path unlocked.pth" in message
