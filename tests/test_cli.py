@@ -10,8 +10,19 @@ from house import flags_in, help_of, parse, run_script, scripts
 
 # The flags that users have in their fingers. A new flag is a new entry here, in the same change.
 FLAGS = {
+    "generate.py": {
+        *("--ckpt", "--base", "--config", "--hint", "--hint_type", "--palette", "--prompt", "--out"),
+        *("--negative_prompt", "--size", "--num", "--seed", "--steps", "--sampler", "--eta", "--scale"),
+        *("--strength", "--guess_mode", "--batch_size", "--device", "--precision", "--parameterization"),
+        *("--attn_backend", "--overwrite"),
+    },
+    "tool_add_control.py": {"--control", "--config", "--seed"},
     "tool_doctor.py": {"--json"},
     "tutorial_dataset.py": {"--root", "--index"},
+    "tutorial_train.py": {
+        *("--dataset", "--config", "--batch_size", "--default_root_dir", "--gpus", "--logger_freq"),
+        *("--max_steps", "--resume_path", "--sd_locked", "--no-sd_locked", "--print_config"),
+    },
 }
 # What the predecessors' scripts took has to stay, whatever else a script learns.
 INHERITED = {
