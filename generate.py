@@ -21,25 +21,32 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cldm.cli import refuse
 from cldm.config import SampleConfig
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
 from datasets.hints import HINT_TYPES, find_hints, read_hint
 from datasets.label_space import LabelSpace, read_image
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from cldm.cldm import ControlLDM
 
 ROWS_OF_A_SHEET = 16
 KEPT_HINTS = 64
-log = logging.getLogger("generate")
+SAMPLE_FLAGS = {
+    "steps": "network evaluations",
+    "sampler": "ddim or dpm++2m",
+    "scale": "guidance",
+    "strength": "of the control",
+    "eta": "randomness of DDIM, 0..1",
+    "negative_prompt": "what to stay away from",
+}
 
+log = logging.getLogger("generate")
 
 HintReader = Callable[[Path], NDArray[np.float32]]
 
@@ -57,56 +64,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the arguments, before anything slow is imported."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    default = SampleConfig()
-    add = parser.add_argument
-    add(
-        "--ckpt",
-        type=Path,
-        required=True,
-        help="checkpoint: a whole model, or a control branch over its base",
-    )
-    add("--base", type=Path, help="base of a control branch, if it is neither recorded in it nor in models/")
-    add(
-        "--config",
-        type=Path,
-        help="model YAML file; by default recorded in the checkpoint, or its architecture's",
-    )
+    what = parser.add_argument_group("what")
+    add = what.add_argument
+    add("--ckpt", type=Path, required=True, help="a whole model, or a control branch over its base")
+    add("--base", type=Path, help="base of a control branch, if neither recorded in it nor in models/")
+    add("--config", type=Path, help="model YAML file; by default the recorded one, or the architecture's")
     add("--hint", type=Path, required=True, help="a hint or a folder of hints")
     add("--hint_type", choices=HINT_TYPES, default="auto", help="what the hints are (default: %(default)s)")
     add("--palette", default="cityscapes", help="label space of ids and colours (default: %(default)s)")
-    add("--prompt", help="by default the one of the training run, else empty")
-    add("--negative_prompt", default=default.negative_prompt)
     add("--out", type=Path, required=True, help="folder to write into")
-    add(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("H", "W"),
-        help="by default that of the training run, else the hint's",
-    )
+    add("--overwrite", action="store_true", help="make images again that are there with other settings")
     add("--num", type=int, default=1, help="images of a hint (default: %(default)s)")
-    add("--seed", type=int, default=default.seed, help="of a hint's first image; the next count up")
-    add("--steps", type=int, default=default.steps, help="(default: %(default)s)")
-    add("--sampler", default=default.sampler, help="ddim or dpm++2m (default: %(default)s)")
-    add("--eta", type=float, default=default.eta, help="randomness of DDIM, 0..1 (default: %(default)s)")
-    add("--scale", type=float, default=default.scale, help="guidance (default: %(default)s)")
-    add("--strength", type=float, default=default.strength, help="of the control (default: %(default)s)")
-    add("--guess_mode", action="store_true", help="let the control do without the prompt")
+    add("--seed", type=int, default=0, help="of a hint's first image; the next count up")
+    how = parser.add_argument_group("how", "if not given, as the training run sampled, else the default")
+    add = how.add_argument
+    add("--prompt", help="(default: empty)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of the hint)")
+    default = SampleConfig()
+    for name, text in SAMPLE_FLAGS.items():
+        value = getattr(default, name)
+        add(f"--{name}", type=type(value), help=f"{text} (default: {value!r})")
+    add("--guess_mode", action=argparse.BooleanOptionalAction, help="let the control do without the prompt")
+    add("--parameterization", choices=("eps", "v"), help="what the network predicts")
+    where = parser.add_argument_group("where")
+    add = where.add_argument
     add("--batch_size", type=int, default=4, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add(
-        "--precision",
-        choices=("auto", "32", "bf16", "16"),
-        default="auto",
-        help="of the networks but the VAE",
-    )
-    add(
-        "--parameterization",
-        choices=("eps", "v"),
-        help="what the network predicts, if the model file is wrong",
-    )
+    add("--precision", choices=("auto", "32", "bf16", "16"), default="auto", help="of all but the VAE")
     add("--attn_backend", choices=("sdpa", "xformers"), help="by default that of the model file")
-    add("--overwrite", action="store_true", help="make images again that are there with other settings")
     args = parser.parse_args(argv)
     for path in filter(None, (args.ckpt, args.base, args.config, args.hint)):
         if not path.exists():
@@ -114,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out, hint = args.out.resolve(), args.hint.resolve()
     if args.hint.is_dir() and hint in (out, *out.parents):
         parser.error(f"--out {args.out} lies in the folder of the hints; its images would become hints")
-    for name in ("num", "steps", "batch_size"):
+    for name in ("num", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, found {getattr(args, name)}")
     return args
@@ -125,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        fill_from_run(args)
-        jobs = list(plan_jobs(args))
+        sample = fill_from_run(args)
+        jobs = list(plan_jobs(args, sample))
         todo = [job for job in jobs if not is_done(job, args.overwrite)]
         log.info(
             "%d images, %d of them there already; prompt: %s", len(jobs), len(jobs) - len(todo), args.prompt
@@ -135,37 +120,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         for hint in dict.fromkeys(job.hint for job in jobs):
             read(hint)  # a bad hint is named before the first image is made
         if todo:
-            run_jobs(args, read, load_model(args), todo)
+            run_jobs(args, sample, read, todo)
         write_sheets(args, read, jobs)
     except (ValueError, OSError) as error:
         refuse(str(error))
     print(f"{len(jobs)} images in {args.out}")
 
 
-def refuse(message: str) -> NoReturn:
-    """Say why the work stops, exit with 2."""
-    print(f"generate.py: {message}", file=sys.stderr)
-    sys.exit(2)
+def fill_from_run(args: argparse.Namespace) -> SampleConfig:
+    """How to sample: as given, else as the training run of the checkpoint did, else by default.
 
-
-def fill_from_run(args: argparse.Namespace) -> None:
-    """Take prompt and size from the training run that the checkpoint records, where they are not given."""
+    Prompt and size are filled in alike.
+    """
     from omegaconf import OmegaConf
 
     from cldm.tensor_files import read_metadata
 
-    recorded = read_metadata(args.ckpt).get("run_config")
-    run: DictConfig = OmegaConf.create(recorded or "data: {prompt: null, size: null}")
-    args.prompt = run.data.prompt or "" if args.prompt is None else args.prompt
-    args.size = list(run.data.size) if args.size is None and run.data.size else args.size
+    run = OmegaConf.create(read_metadata(args.ckpt).get("run_config", ""))
+    args.prompt = OmegaConf.select(run, "data.prompt") or "" if args.prompt is None else args.prompt
+    args.size = tuple(args.size or OmegaConf.select(run, "data.size") or ()) or None
+    settings = SampleConfig()
+    for field in fields(SampleConfig):
+        for value in (OmegaConf.select(run, f"sample.{field.name}"), getattr(args, field.name)):
+            if value is not None:
+                setattr(settings, field.name, value)
+    return settings
 
 
-def plan_jobs(args: argparse.Namespace) -> Iterator[Job]:
+def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
     """One job for each hint and seed, with all that determines its image."""
     from cldm.tensor_files import fingerprint
 
     settings = {
-        **asdict(sample_settings(args)),
+        **asdict(sample),
         "prompt": args.prompt,
         "size": args.size,
         "hint_type": args.hint_type,
@@ -189,12 +176,6 @@ def plan_jobs(args: argparse.Namespace) -> Iterator[Job]:
             yield Job(hint, target, seed, {**settings, **mark, "seed": seed})
 
 
-def sample_settings(args: argparse.Namespace) -> SampleConfig:
-    """The sampling settings among the arguments."""
-    names = {field.name for field in fields(SampleConfig)} & set(vars(args))
-    return SampleConfig(**{name: getattr(args, name) for name in names})
-
-
 def is_done(job: Job, overwrite: bool) -> bool:
     """Whether the image is there with the same settings; with others it is refused, or made again."""
     if not job.target.exists():
@@ -215,47 +196,36 @@ def is_done(job: Job, overwrite: bool) -> bool:
 
 def hint_reader(args: argparse.Namespace) -> HintReader:
     """A function from a path to its hint, (H, W, 3) float32 in [0, 1]; the last ones are kept."""
-    space, size = LabelSpace.load(args.palette), args.size and tuple(args.size)
+    space = LabelSpace.load(args.palette)
 
     @lru_cache(maxsize=KEPT_HINTS)
     def read(path: Path) -> NDArray[np.float32]:
-        return read_hint(path, args.hint_type, space, size)
+        return read_hint(path, args.hint_type, space, args.size)
 
     return read
 
 
 def load_model(args: argparse.Namespace) -> ControlLDM:
-    """The model on its device, the networks but the VAE in the precision asked for."""
-    import torch
-
-    from cldm.model import create_model, load_model_config, model_config_of, with_choices
+    """The model, where and in the precision that was asked for."""
+    from cldm.model import create_model, load_model_config, model_config_of, place, with_choices
 
     config = load_model_config(args.config) if args.config else model_config_of(args.ckpt)
-    config = with_choices(config, args.parameterization, args.attn_backend)
-    model = create_model(config, args.ckpt, args.base).eval()
-    has_gpu = torch.cuda.is_available()
-    device = args.device if args.device != "auto" else ("cuda" if has_gpu else "cpu")
-    half = torch.bfloat16 if has_gpu and torch.cuda.is_bf16_supported() else torch.float16
-    auto = half if device.startswith("cuda") else torch.float32
-    dtype = {"auto": auto, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[args.precision]
-    model.to(device)
-    for network in (model.model, model.control_model, model.cond_stage_model):
-        network.to(dtype)
-    return model
+    config = with_choices(config, parameterization=args.parameterization, attn_backend=args.attn_backend)
+    return place(create_model(config, args.ckpt, args.base), args.device, args.precision)
 
 
-def run_jobs(args: argparse.Namespace, read: HintReader, model: ControlLDM, jobs: Sequence[Job]) -> None:
+def run_jobs(args: argparse.Namespace, sample: SampleConfig, read: HintReader, jobs: Sequence[Job]) -> None:
     """Sample batch after batch; each image is written as soon as it is there."""
     import torch
     from tqdm import tqdm
 
     from cldm.generate import generate
 
-    settings = sample_settings(args)
+    model = load_model(args)
     with tqdm(total=len(jobs), unit="image") as bar:
         for batch in batches(jobs, read, args.batch_size):
             hints = torch.from_numpy(np.stack([read(job.hint) for job in batch])).permute(0, 3, 1, 2)
-            images = generate(model, hints, [args.prompt] * len(batch), [job.seed for job in batch], settings)
+            images = generate(model, hints, [args.prompt] * len(batch), [job.seed for job in batch], sample)
             for job, image in zip(batch, images.numpy(), strict=True):
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 write_png(job.target, image, job.settings)

@@ -12,10 +12,11 @@ are told apart by their tensors. OUT is safetensors, or a torch file when its na
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cldm.cli import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state, sources = add_control(config, base, control, args.seed)
         write_tensors(args.target, state, {"model_config": OmegaConf.to_yaml(config)})
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"tool_add_control.py: {error}")
+        refuse(str(error))
     print(f"{args.source} is {architecture}")
     print(describe(sources))
     print(

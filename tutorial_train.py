@@ -20,10 +20,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cldm.cli import refuse
 from cldm.config import RANDOM, load_run_config
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
@@ -142,12 +143,6 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def refuse(message: str) -> NoReturn:
-    """Say why nothing is done, exit with 2."""
-    print(f"tutorial_train.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def train(config: DictConfig) -> None:
     """Run one training; its parts are the functions below."""
     import pytorch_lightning as pl
@@ -155,11 +150,12 @@ def train(config: DictConfig) -> None:
     quiet_lightning()
     pl.seed_everything(config.train.seed, verbose=False)
     try:
-        model, saver = build_model(config)
         dataset = create_dataset(config.data.name, **dataset_options(config))
-        grid = grid_samples(config, dataset) or [
-            dataset[i] for i in range(min(config.sample.num_images, len(dataset)))
-        ]
+        for name in ("size", "prompt"):  # recorded in checkpoints, so that sampling knows them
+            config.data[name] = config.data[name] or getattr(dataset, name, None)
+        model, saver = build_model(config)
+        count = min(config.train.grid_images, len(dataset))
+        grid = grid_samples(config, dataset) or [dataset[i] for i in range(count)]
         trainer = build_trainer(config, [saver, *build_callbacks(config, grid)])
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
@@ -169,11 +165,11 @@ def train(config: DictConfig) -> None:
 
 def build_model(config: DictConfig) -> tuple[ControlLDM, pl.Callback]:
     """The model with its weights, and the callback that saves what is trained of it."""
-    from cldm.model import base_of, create_model, load_model_config
+    from cldm.model import base_of, create_model, load_model_config, with_choices
     from cldm.saver import ControlCheckpoint
 
-    choices = {name: config.model[name] for name in ("parameterization", "attn_backend")}
-    model_config = load_model_config(config.model.config, **choices)
+    recorded = load_model_config(config.model.config, parameterization=config.model.parameterization)
+    model_config = with_choices(recorded, attn_backend=config.model.attn_backend)  # a matter of the machine
     base, carried = None, set()
     if config.model.checkpoint == RANDOM:
         model = create_model(model_config)
@@ -183,7 +179,7 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, pl.Callback]:
     model.learning_rate = config.train.lr
     model.sd_locked = config.train.sd_locked
     model.only_mid_control = config.train.only_mid_control
-    notes = {"model_config": OmegaConf.to_yaml(model_config), "run_config": OmegaConf.to_yaml(config)}
+    notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
     return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
 
 
@@ -199,7 +195,7 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
 
 def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
     """Validation maps for the sample grid; none when the run or the data set has no validation split."""
-    split, count = config.data.val_split, config.sample.num_images
+    split, count = config.data.val_split, config.train.grid_images
     if split is None or not hasattr(dataset, "preview"):
         return []
     try:
@@ -232,7 +228,7 @@ def build_callbacks(config: DictConfig, grid: Sequence[Any]) -> list[pl.Callback
 
     images_per_step = config.train.batch_size * config.train.accumulate
     settings = OmegaConf.to_object(config.sample)
-    images = ImageLogger(config.train.logger_freq, config.sample.num_images, samples=grid, settings=settings)
+    images = ImageLogger(config.train.logger_freq, config.train.grid_images, samples=grid, settings=settings)
     return [images, StepProgressBar(images_per_step)]
 
 

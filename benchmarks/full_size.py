@@ -91,7 +91,7 @@ def main() -> None:
         base.unlink()
         train = ["tutorial_train.py", "--dataset", "cityscapes", "--resume_path", ini, "--batch_size", "1"]
         train += ["--max_steps", str(args.steps), "--default_root_dir", work / "run", f"data.root={data}"]
-        train += ["data.size=[256,256]", "data.num_workers=0", "sample.steps=1", "sample.num_images=1"]
+        train += ["data.size=[256,256]", "data.num_workers=0", "sample.steps=1", "train.grid_images=1"]
         result["train"] = {"steps": args.steps, **run(*train)}
         saved = next((work / "run").rglob("step=*.safetensors"))
         result["trained_checkpoint_gib"] = round(saved.stat().st_size / GIB, 2)

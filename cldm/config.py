@@ -60,6 +60,7 @@ class TrainConfig:
     gpus: list[int] | None = None  # GPU ids; null is automatic
     default_root_dir: str = "work_dir"
     logger_freq: int = 300  # optimizer steps between two logged grids
+    grid_images: int = 4  # rows of a logged grid
     checkpoint_freq: int = 5000  # optimizer steps between two checkpoints; one is written at the end as well
 
 
@@ -74,8 +75,6 @@ class SampleConfig:
     strength: float = 1.0  # of the control
     guess_mode: bool = False  # the control must do without the prompt
     negative_prompt: str = ""
-    num_images: int = 4  # in a logged grid
-    seed: int = 0  # of the first image; the next ones count up
 
 
 @dataclass

@@ -57,6 +57,7 @@ def generate(
     Raises
         ValueError  a size, a number or a name that does not fit, or a result that is not finite
     """
+    check_counts(hint, prompts, seeds)
     sampler = find_sampler(settings.sampler)
     height, width = image_size(hint, size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -114,6 +115,16 @@ def decode(model: ControlLDM, z: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 on the CPU."""
     return (images.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def check_counts(hint: Tensor | None, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse prompts, seeds and hints that do not belong together."""
+    rows = len(seeds) if hint is None or len(hint) == 1 else len(hint)
+    if not len(prompts) == len(seeds) == rows or not rows:
+        raise ValueError(
+            f"expected a prompt and a seed for each image, and one hint or as many, found {len(prompts)} "
+            f"prompts, {len(seeds)} seeds and {0 if hint is None else len(hint)} hints"
+        )
 
 
 def find_sampler(name: str) -> Sampler:

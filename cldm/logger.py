@@ -32,7 +32,8 @@ class ImageLogger(pl.Callback):
 
     samples   what to sample: `hint` (H, W, C) in [0, 1], `txt`, perhaps `jpg`; by default the first ones of
               the training set
-    settings  how to sample; its seed, and the next ones, are the seeds of the images
+    settings  how to sample
+    seed      of the first image; the next ones count up
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ImageLogger(pl.Callback):
         *,
         samples: Samples | None = None,
         settings: SampleConfig | None = None,
+        seed: int = 0,
     ) -> None:
         if batch_frequency < 1:
             raise ValueError(
@@ -51,6 +53,7 @@ class ImageLogger(pl.Callback):
         self.max_images = max_images
         self.samples = samples
         self.settings = settings or SampleConfig()
+        self.seed = seed
         self.last_step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,7 +100,7 @@ class ImageLogger(pl.Callback):
         hints = np.stack([np.asarray(sample["hint"]) for sample in self.samples])
         hint = torch.from_numpy(hints).permute(0, 3, 1, 2).to(model.device)
         prompts = [sample["txt"] for sample in self.samples]
-        seeds = [self.settings.seed + i for i in range(len(prompts))]
+        seeds = range(self.seed, self.seed + len(prompts))
         return generate(model, hint, prompts, seeds, self.settings).numpy()
 
 

@@ -26,6 +26,8 @@ from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
 CONTROL, UNET = "control_model.", "model.diffusion_model."
 MODEL_FILES = {
     "sd15": "models/cldm_v15.yaml",
@@ -56,10 +58,26 @@ def create_model(
     return model.to("cpu")  # moves nothing: Lightning would keep saying that the module is on meta
 
 
-def load_model_config(
-    path: str | Path, *, parameterization: str | None = None, attn_backend: str | None = None
-) -> DictConfig:
-    """Read a model YAML file, change the two choices that are no matter of weights where they are given."""
+def place(model: ControlLDM, device: str = "auto", precision: str = "auto") -> ControlLDM:
+    """Move a model to where it samples, its networks in a precision; the autoencoder stays in float32.
+
+    device     auto is the GPU if there is one
+    precision  one of PRECISIONS; auto is bf16 or else fp16 on a GPU, float32 on a CPU
+    """
+    has_gpu = torch.cuda.is_available()
+    device = ("cuda" if has_gpu else "cpu") if device == "auto" else device
+    if device.startswith("cuda") and not has_gpu:
+        raise ValueError(f"expected a GPU for device {device!r}, found none; use cpu, or see tool_doctor.py")
+    half = "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "16"
+    precision = (half if device.startswith("cuda") else "32") if precision == "auto" else precision
+    model.to(device)
+    for network in (model.model, model.control_model, model.cond_stage_model):
+        network.to(PRECISIONS[precision])
+    return model.eval()
+
+
+def load_model_config(path: str | Path, *, parameterization: str | None = None) -> DictConfig:
+    """Read a model YAML file; `parameterization` is what its network predicts, if the file is wrong in it."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"expected a model YAML file such as {MODEL_FILES['sd15']}, found nothing at {path}"
@@ -67,10 +85,12 @@ def load_model_config(
     config = OmegaConf.load(path)
     if not isinstance(config, DictConfig) or "model" not in config or "target" not in config.model:
         raise ValueError(f"{path} is no model file: expected 'model' with 'target' and 'params' in it")
-    return with_choices(config, parameterization, attn_backend)
+    return with_choices(config, parameterization=parameterization)
 
 
-def with_choices(config: DictConfig, parameterization: str | None, attn_backend: str | None) -> DictConfig:
+def with_choices(
+    config: DictConfig, *, parameterization: str | None = None, attn_backend: str | None = None
+) -> DictConfig:
     """A model file that predicts `parameterization` and attends by `attn_backend`; None changes nothing."""
     changes: list[str] = []
     if parameterization is not None:

@@ -254,7 +254,7 @@ def test_a_base_in_half_precision_keeps_its_type(run: Run, base_state: dict[str,
 def test_a_file_with_a_control_branch_is_refused(run: Run, base_model: ControlLDM, capsys) -> None:
     safetensors.torch.save_file(base_model.state_dict(), "has.safetensors")
     code, message = refusal(run, capsys, source=Path("has.safetensors"))
-    assert code == 1
+    assert code == 2
     assert "has.safetensors has a control branch already" in message
 
 
@@ -274,7 +274,7 @@ def test_another_kind_of_model_is_named(
     tensors = base_state | {key: torch.ones(shape) for key, shape in extra.items()}
     safetensors.torch.save_file(tensors, "other.safetensors")
     code, message = refusal(run, capsys, source=Path("other.safetensors"))
-    assert code == 1
+    assert code == 2
     assert what in message
 
 
@@ -284,7 +284,7 @@ def test_an_incomplete_base_is_refused(run: Run, base_state: dict[str, Tensor], 
     }
     safetensors.torch.save_file(kept, "part.safetensors")
     code, message = refusal(run, capsys, source=Path("part.safetensors"))
-    assert code == 1
+    assert code == 2
     assert "first_stage_model: " in message
     assert "missing, first first_stage_model.encoder" in message
 
@@ -294,17 +294,17 @@ def test_an_incomplete_or_foreign_control_file_is_refused(run: Run, base_model: 
     lost = control.pop("control_model.zero_convs.5.0.weight")
     torch.save(control, "part.pth")
     code, message = refusal(run, capsys, "--control", "part.pth")
-    assert code == 1
+    assert code == 2
     assert f"1 of {len(control) + 1} tensors missing, first control_model.zero_convs.5.0.weight" in message
     torch.save(control | {"control_model.zero_convs.5.0.weight": lost, "stray.weight": lost}, "stray.pth")
     code, message = refusal(run, capsys, "--control", "stray.pth")
-    assert code == 1
+    assert code == 2
     assert "stray: 1 unexpected, first stray.weight" in message
 
 
 def test_what_is_no_weight_file_is_refused(run: Run, capsys) -> None:
     code, message = refusal(run, capsys, source=write("page.safetensors", "<!DOCTYPE html><html>"))
-    assert code == 1
+    assert code == 2
     assert "web page" in message
 
 
@@ -315,7 +315,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(run: Run, capsys) -> Non
 
     torch.save({"state_dict": {"a": Trap()}}, "trap.ckpt")
     code, message = refusal(run, capsys, source=Path("trap.ckpt"))
-    assert code == 1
+    assert code == 2
     assert "mkdir" in message
     assert not Path("sprung").exists()
 

@@ -13,7 +13,15 @@ FLAGS = {
     "generate.py": {
         *("--ckpt", "--base", "--config", "--hint", "--hint_type", "--palette", "--prompt", "--out"),
         *("--negative_prompt", "--size", "--num", "--seed", "--steps", "--sampler", "--eta", "--scale"),
-        *("--strength", "--guess_mode", "--batch_size", "--device", "--precision", "--parameterization"),
+        *(
+            "--strength",
+            "--guess_mode",
+            "--no-guess_mode",
+            "--batch_size",
+            "--device",
+            "--precision",
+            "--parameterization",
+        ),
         *("--attn_backend", "--overwrite"),
     },
     "tool_add_control.py": {"--control", "--config", "--seed"},

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -257,8 +259,19 @@ def test_every_run_file_of_ours_fits_the_schema_and_names_model_files_that_exist
                 assert config[section][key] == value
 
 
-def test_generate_takes_its_defaults_from_the_schema() -> None:
-    from generate import parse_args, sample_settings
+@pytest.mark.parametrize("is_run", [False, True])
+def test_generate_samples_as_given_else_as_the_run_did_else_by_default(tmp_path: Path, is_run: bool) -> None:
+    from generate import fill_from_run, parse_args
 
-    args = parse_args(["--ckpt", __file__, "--hint", __file__, "--out", "out"])
-    assert sample_settings(args) == SampleConfig()
+    run = "data: {prompt: a road, size: [64, 128]}\nsample: {scale: 2.5, steps: 7, guess_mode: true}"
+    path = tmp_path / "step.safetensors"
+    notes = {"run_config": run} if is_run else None
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, notes)
+    args = parse_args(["--ckpt", str(path), "--hint", __file__, "--out", "out", "--steps", "3"])
+    expected = SampleConfig(steps=3, scale=2.5, guess_mode=True) if is_run else SampleConfig(steps=3)
+    assert fill_from_run(args) == expected
+    assert (args.prompt, args.size) == (("a road", (64, 128)) if is_run else ("", None))
+    words = ["--prompt", "", "--size", "64", "64", "--scale", "1", "--no-guess_mode"]
+    args = parse_args(["--ckpt", str(path), "--hint", __file__, "--out", "out", *words])
+    settings = fill_from_run(args)
+    assert (settings.scale, settings.guess_mode, args.prompt, args.size) == (1.0, False, "", (64, 64))
