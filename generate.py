@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from itertools import groupby
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cldm.cli import refuse
-from cldm.config import SampleConfig
+from cldm.config import SAMPLER_NAMES, SampleConfig, check_sample
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
 from datasets.hints import HINT_TYPES, find_hints, read_hint
 from datasets.label_space import LabelSpace, read_image
@@ -39,7 +39,7 @@ ROWS_OF_A_SHEET = 16
 KEPT_HINTS = 64
 SAMPLE_FLAGS = {
     "steps": "network evaluations",
-    "sampler": "ddim or dpm++2m",
+    "sampler": "of the reverse process",
     "scale": "guidance",
     "strength": "of the control",
     "eta": "randomness of DDIM, 0..1",
@@ -48,7 +48,7 @@ SAMPLE_FLAGS = {
 
 log = logging.getLogger("generate")
 
-HintReader = Callable[[Path], NDArray[np.float32]]
+HintReader = Callable[[Path], NDArray[np.uint8]]
 
 
 class Job(NamedTuple):
@@ -82,8 +82,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of the hint)")
     default = SampleConfig()
     for name, text in SAMPLE_FLAGS.items():
-        value = getattr(default, name)
-        add(f"--{name}", type=type(value), help=f"{text} (default: {value!r})")
+        value, choices = getattr(default, name), SAMPLER_NAMES if name == "sampler" else None
+        add(f"--{name}", type=type(value), choices=choices, help=f"{text} (default: {value!r})")
     add("--guess_mode", action=argparse.BooleanOptionalAction, help="let the control do without the prompt")
     add("--parameterization", choices=("eps", "v"), help="what the network predicts")
     where = parser.add_argument_group("where")
@@ -99,9 +99,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out, hint = args.out.resolve(), args.hint.resolve()
     if args.hint.is_dir() and hint in (out, *out.parents):
         parser.error(f"--out {args.out} lies in the folder of the hints; its images would become hints")
-    for name in ("num", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more, found {getattr(args, name)}")
+    for name, least, most in (("num", 1, 10**6), ("batch_size", 1, 10**4), ("seed", 0, 2**63 - 10**6)):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name} must lie in {least}..{most}, found {getattr(args, name)}")
     return args
 
 
@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "%d images, %d of them there already; prompt: %s", len(jobs), len(jobs) - len(todo), args.prompt
         )
         read = hint_reader(args)
-        for hint in dict.fromkeys(job.hint for job in jobs):
-            read(hint)  # a bad hint is named before the first image is made
+        # All of them first: a bad one is named before an image is made.
+        sizes = {path: read(path).shape for path in dict.fromkeys(job.hint for job in jobs)}
         if todo:
-            run_jobs(args, sample, read, todo)
+            run_jobs(args, sample, read, batches(todo, sizes, args.batch_size))
         write_sheets(args, read, jobs)
     except (ValueError, OSError) as error:
         refuse(str(error))
@@ -133,18 +133,23 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     Prompt and size are filled in alike.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    from cldm.tensor_files import read_metadata
+    from cldm.weights import recorded_yaml
 
-    run = OmegaConf.create(read_metadata(args.ckpt).get("run_config", ""))
+    run = recorded_yaml(args.ckpt, "run_config") or OmegaConf.create()
     args.prompt = OmegaConf.select(run, "data.prompt") or "" if args.prompt is None else args.prompt
     args.size = tuple(args.size or OmegaConf.select(run, "data.size") or ()) or None
-    settings = SampleConfig()
-    for field in fields(SampleConfig):
-        for value in (OmegaConf.select(run, f"sample.{field.name}"), getattr(args, field.name)):
-            if value is not None:
-                setattr(settings, field.name, value)
-    return settings
+    names = [field.name for field in fields(SampleConfig)]
+    recorded = {name: OmegaConf.select(run, f"sample.{name}") for name in names}
+    given = {name: getattr(args, name) for name in names}
+    chosen = {k: v for layer in (recorded, given) for k, v in layer.items() if v is not None}
+    try:
+        sample = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SampleConfig), chosen))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{args.ckpt}: its run_config: {str(error.msg).splitlines()[0]}") from error
+    check_sample(sample)
+    return sample
 
 
 def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
@@ -154,7 +159,7 @@ def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
     settings = {
         **asdict(sample),
         "prompt": args.prompt,
-        "size": args.size,
+        "size": args.size and list(args.size),
         "hint_type": args.hint_type,
         "palette": args.palette,
         "checkpoint": args.ckpt.name,
@@ -195,12 +200,13 @@ def is_done(job: Job, overwrite: bool) -> bool:
 
 
 def hint_reader(args: argparse.Namespace) -> HintReader:
-    """A function from a path to its hint, (H, W, 3) float32 in [0, 1]; the last ones are kept."""
+    """A function from a path to its hint, (H, W, 3) uint8; the last ones are kept."""
     space = LabelSpace.load(args.palette)
 
     @lru_cache(maxsize=KEPT_HINTS)
-    def read(path: Path) -> NDArray[np.float32]:
-        return read_hint(path, args.hint_type, space, args.size)
+    def read(path: Path) -> NDArray[np.uint8]:
+        hint = read_hint(path, args.hint_type, space, args.size)
+        return (hint * 255).round().astype(np.uint8)  # exact: it was read from bytes
 
     return read
 
@@ -214,7 +220,9 @@ def load_model(args: argparse.Namespace) -> ControlLDM:
     return place(create_model(config, args.ckpt, args.base), args.device, args.precision)
 
 
-def run_jobs(args: argparse.Namespace, sample: SampleConfig, read: HintReader, jobs: Sequence[Job]) -> None:
+def run_jobs(
+    args: argparse.Namespace, sample: SampleConfig, read: HintReader, batches: Sequence[list[Job]]
+) -> None:
     """Sample batch after batch; each image is written as soon as it is there."""
     import torch
     from tqdm import tqdm
@@ -222,9 +230,9 @@ def run_jobs(args: argparse.Namespace, sample: SampleConfig, read: HintReader, j
     from cldm.generate import generate
 
     model = load_model(args)
-    with tqdm(total=len(jobs), unit="image") as bar:
-        for batch in batches(jobs, read, args.batch_size):
-            hints = torch.from_numpy(np.stack([read(job.hint) for job in batch])).permute(0, 3, 1, 2)
+    with tqdm(total=sum(map(len, batches)), unit="image") as bar:
+        for batch in batches:
+            hints = torch.from_numpy(np.stack([read(job.hint) for job in batch])).permute(0, 3, 1, 2) / 255
             images = generate(model, hints, [args.prompt] * len(batch), [job.seed for job in batch], sample)
             for job, image in zip(batch, images.numpy(), strict=True):
                 job.target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,23 +240,24 @@ def run_jobs(args: argparse.Namespace, sample: SampleConfig, read: HintReader, j
             bar.update(len(batch))
 
 
-def batches(jobs: Sequence[Job], read: HintReader, batch_size: int) -> Iterator[list[Job]]:
+def batches(jobs: Sequence[Job], sizes: Mapping[Path, Any], batch_size: int) -> list[list[Job]]:
     """Neighbouring jobs whose hints have one size, at most `batch_size` of them."""
-    for _, same_size in groupby(jobs, key=lambda job: read(job.hint).shape):
-        run = list(same_size)
-        yield from (run[i : i + batch_size] for i in range(0, len(run), batch_size))
+    runs = [list(run) for _, run in groupby(jobs, key=lambda job: sizes[job.hint])]
+    return [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
 
 
 def write_sheets(args: argparse.Namespace, read: HintReader, jobs: Sequence[Job]) -> None:
     """Contact sheets: a row for each hint, with the map, then image and overlay for each seed."""
-    hints = list(dict.fromkeys(job.hint for job in jobs))
-    for i in range(0, len(hints), ROWS_OF_A_SHEET):
-        rows = []
-        for hint in hints[i : i + ROWS_OF_A_SHEET]:
-            colours = (read(hint) * 255).round().astype(np.uint8)
-            images = [read_image(job.target) for job in jobs if job.hint == hint]
-            rows.append([colours, *(part for image in images for part in (image, overlay(image, colours)))])
-        write_png(args.out / f"contact_sheet_{i // ROWS_OF_A_SHEET + 1:03d}.png", sheet(rows))
+    rows = {path: list(group) for path, group in groupby(jobs, key=lambda job: job.hint)}
+    for page, start in enumerate(range(0, len(rows), ROWS_OF_A_SHEET), start=1):
+        cells = [sheet_row(read(path), rows[path]) for path in list(rows)[start : start + ROWS_OF_A_SHEET]]
+        write_png(args.out / f"contact_sheet_{page:03d}.png", sheet(cells))
+
+
+def sheet_row(colours: NDArray[np.uint8], jobs: Sequence[Job]) -> list[NDArray[np.uint8]]:
+    """The map, then image and overlay for each seed."""
+    images = [read_image(job.target) for job in jobs]
+    return [colours, *(part for image in images for part in (image, overlay(image, colours)))]
 
 
 if __name__ == "__main__":

@@ -85,23 +85,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     from omegaconf import OmegaConf
 
+    from cldm.add_control import add_control
     from cldm.checkpoint import detect_architecture, parts, to_model_keys
-    from cldm.model import MODEL_FILES, add_control, load_model_config, shapes_of
+    from cldm.model import MODEL_FILES, load_model_config, shapes_of
     from cldm.tensor_files import CheckpointError, read_tensors
     from cldm.tensor_writing import write_tensors
 
     try:
         base = to_model_keys(read_tensors(args.source))
-        architecture = detect_architecture(shapes_of(base), str(args.source))
+        if args.config is None:
+            args.config = MODEL_FILES[detect_architecture(shapes_of(base), str(args.source))]
         if "control" in parts(base):
             raise CheckpointError(f"{args.source} has a control branch already; expected weights without one")
-        config = load_model_config(args.config or MODEL_FILES[architecture])
+        config = load_model_config(args.config)
         control = read_branch(args.control) if args.control else None
         state, sources = add_control(config, base, control, args.seed)
         write_tensors(args.target, state, {"model_config": OmegaConf.to_yaml(config)})
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
-    print(f"{args.source} is {architecture}")
+    print(f"{args.source} is of the architecture of {args.config}")
     print(describe(sources))
     print(
         f"wrote {args.target}\n"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import refuse
-from cldm.config import RANDOM, load_run_config
+from cldm.config import RANDOM, check_run, load_run_config
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def resolve(args: argparse.Namespace) -> DictConfig:
     config = load_run_config(args.dataset, args.config, [*flags, *given.get("overrides", [])])
     find_entry(config.data.name)
     config.model.checkpoint = str(find_weights(config.model.checkpoint))
+    check_run(config)
     return config
 
 
@@ -107,7 +108,8 @@ def find_weights(name: str) -> Path:
 def find_missing(config: DictConfig) -> list[str]:
     """Everything that the run needs and that is not there, each with where it is obtained."""
     entry = find_entry(config.data.name)
-    missing = [f"{path} is missing" for path in missing_paths(config.data.name, config.data.root)]
+    lacking = [] if entry.prepare else missing_paths(config.data.name, config.data.root)
+    missing = [f"{path} is missing" for path in lacking]
     if missing:
         missing.append(f"  the data set is obtained from {entry.source}; its folder is data.root=DIR")
     if not Path(config.model.config).exists():
@@ -131,9 +133,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(OmegaConf.to_yaml(config))
         return
     if missing := find_missing(config):
-        refuse("\n".join(["cannot start:", *missing, WORKS_NOW.format(dataset=config.data.name)]))
+        if not missing_paths(config.data.name, config.data.root):
+            missing.append(WORKS_NOW.format(dataset=config.data.name))
+        refuse("\n".join(["cannot start:", *missing]))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    make_missing_data(config)
     train(config)
+
+
+def make_missing_data(config: DictConfig) -> None:
+    """Render a data set that is made and not downloaded, where it is not there yet."""
+    entry = find_entry(config.data.name)
+    if entry.prepare and missing_paths(config.data.name, config.data.root):
+        try:
+            entry.make(config.data.root, size=config.data.size and tuple(config.data.size))
+        except ValueError as error:
+            refuse(str(error))
 
 
 def quiet_lightning() -> None:
@@ -152,23 +167,30 @@ def train(config: DictConfig) -> None:
     try:
         dataset = create_dataset(config.data.name, **dataset_options(config))
         for name in ("size", "prompt"):  # recorded in checkpoints, so that sampling knows them
-            config.data[name] = config.data[name] or getattr(dataset, name, None)
+            if config.data[name] is None:
+                config.data[name] = getattr(dataset, name, None)
         model, saver = build_model(config)
         count = min(config.train.grid_images, len(dataset))
         grid = grid_samples(config, dataset) or [dataset[i] for i in range(count)]
+        loader = build_loader(config, dataset)
         trainer = build_trainer(config, [saver, *build_callbacks(config, grid)])
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
     log.info("%d samples of %s, %d trained parameters", len(dataset), dataset.root, count_trained(model))
-    trainer.fit(model, build_loader(config, dataset))
+    trainer.fit(model, loader)
 
 
 def build_model(config: DictConfig) -> tuple[ControlLDM, pl.Callback]:
     """The model with its weights, and the callback that saves what is trained of it."""
-    from cldm.model import base_of, create_model, load_model_config, with_choices
+    from cldm.model import create_model, load_model_config, with_choices
     from cldm.saver import ControlCheckpoint
+    from cldm.weights import base_of
 
-    recorded = load_model_config(config.model.config, parameterization=config.model.parameterization)
+    recorded = with_choices(
+        load_model_config(config.model.config),
+        parameterization=config.model.parameterization,
+        only_mid_control=config.train.only_mid_control,
+    )
     model_config = with_choices(recorded, attn_backend=config.model.attn_backend)  # a matter of the machine
     base, carried = None, set()
     if config.model.checkpoint == RANDOM:
@@ -178,7 +200,6 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, pl.Callback]:
         base, carried = base_of(config.model.checkpoint, config.model.base)
     model.learning_rate = config.train.lr
     model.sd_locked = config.train.sd_locked
-    model.only_mid_control = config.train.only_mid_control
     notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
     return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
 
@@ -189,7 +210,7 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
     return {
         name: OmegaConf.to_object(value) if name == "size" else value
         for name, value in options.items()
-        if value
+        if value is not None
     }
 
 
@@ -211,6 +232,8 @@ def build_loader(config: DictConfig, dataset: Any) -> DataLoader:
     """Shuffled batches; a data set smaller than a batch is one batch."""
     from torch.utils.data import DataLoader
 
+    from cldm.model import find_device
+
     return DataLoader(
         dataset,
         batch_size=config.train.batch_size,
@@ -218,6 +241,7 @@ def build_loader(config: DictConfig, dataset: Any) -> DataLoader:
         drop_last=len(dataset) >= config.train.batch_size,
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
+        pin_memory=find_device("auto").type == "cuda",
     )
 
 
@@ -226,10 +250,9 @@ def build_callbacks(config: DictConfig, grid: Sequence[Any]) -> list[pl.Callback
     from cldm.logger import ImageLogger
     from cldm.progress import StepProgressBar
 
-    images_per_step = config.train.batch_size * config.train.accumulate
     settings = OmegaConf.to_object(config.sample)
     images = ImageLogger(config.train.logger_freq, config.train.grid_images, samples=grid, settings=settings)
-    return [images, StepProgressBar(images_per_step)]
+    return [images, StepProgressBar()]
 
 
 def build_trainer(config: DictConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -238,13 +261,19 @@ def build_trainer(config: DictConfig, callbacks: list[pl.Callback]) -> pl.Traine
     import torch
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
+    from cldm.model import fast_precision, find_device
+
+    gpus = list(config.train.gpus or ())
+    device = find_device("auto")
+    if device.type == "cpu":
         log.warning("no GPU found: training on the CPU")
+    elif gpus:
+        device = min((find_device(f"cuda:{gpu}") for gpu in gpus), key=torch.cuda.get_device_capability)
+    fast = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[fast_precision(device)]
     return pl.Trainer(
-        accelerator="gpu" if on_gpu else "cpu",
-        devices=list(config.train.gpus) if on_gpu and config.train.gpus else ("auto" if on_gpu else 1),
-        precision=pick_precision(config.train.precision),
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1 if device.type == "cpu" else gpus or "auto",
+        precision=fast if config.train.precision == "auto" else config.train.precision,
         max_steps=config.train.max_steps,
         accumulate_grad_batches=config.train.accumulate,
         gradient_clip_val=config.train.clip,
@@ -255,17 +284,6 @@ def build_trainer(config: DictConfig, callbacks: list[pl.Callback]) -> pl.Traine
         enable_checkpointing=False,  # ControlCheckpoint writes them
         enable_model_summary=False,
     )
-
-
-def pick_precision(wanted: str) -> Any:
-    """Lightning's precision: on a GPU bf16 where the hardware has it, else fp16; float32 on a CPU."""
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    if not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
 
 
 def count_trained(model: ControlLDM) -> int:

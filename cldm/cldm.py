@@ -128,10 +128,10 @@ class ControlLDM(LatentDiffusion):
         super().__init__(**latent_diffusion)
         self.control_model = instantiate_from_config(control_stage_config)
         self.control_key = control_key
-        self.only_mid_control = only_mid_control
         self.control_scales = [1.0] * self.control_model.num_residuals
         self.model.requires_grad_(False)
         self.sd_locked = True
+        self.only_mid_control = only_mid_control
 
     @property
     def sd_locked(self) -> bool:
@@ -144,6 +144,16 @@ class ControlLDM(LatentDiffusion):
         unet = self.model.diffusion_model
         for module in (unet.output_blocks, unet.out):
             module.requires_grad_(not locked)
+
+    @property
+    def only_mid_control(self) -> bool:
+        """Whether the middle residual alone is used; setting it freezes or frees the other convolutions."""
+        return self._only_mid_control
+
+    @only_mid_control.setter
+    def only_mid_control(self, only_mid: bool) -> None:
+        self._only_mid_control = only_mid
+        self.control_model.zero_convs.requires_grad_(not only_mid)
 
     def get_input(self, batch: Batch, k: str, bs: int | None = None) -> tuple[Tensor, Cond]:
         """Latent and condition; the hint (B, H, W, C) in [0, 1] has the key `control_key`."""

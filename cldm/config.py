@@ -16,6 +16,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 RANDOM = "random"
+TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
+MAX_STEPS = 1000
+AT_LEAST = {
+    "data.num_workers": 0,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "train.max_steps": 1,
+    "train.logger_freq": 1,
+    "train.grid_images": 0,
+    "train.checkpoint_freq": 1,
+    "train.clip": 0,
+    "train.seed": 0,
+}
 
 
 @dataclass
@@ -53,8 +67,8 @@ class TrainConfig:
     lr: float = 1e-5
     max_steps: int = 100_000  # optimizer steps, not batches
     sd_locked: bool = True  # False also trains the UNet's decoder
-    only_mid_control: bool = False
-    precision: str = "auto"  # auto, or what Lightning's Trainer takes: 32-true, 16-mixed, bf16-mixed
+    only_mid_control: bool | None = None  # null is what the model file says
+    precision: str = "auto"  # one of TRAINING_PRECISIONS; trained weights are float32 in all of them
     clip: float | None = None  # largest norm of the gradient
     seed: int = 0
     gpus: list[int] | None = None  # GPU ids; null is automatic
@@ -110,6 +124,33 @@ def load_run_config(dataset: str | None, config: str | Path | None, overrides: S
     for layer, where in [*((layer, str(run_file)) for layer in layers), *parse_overrides(overrides)]:
         merged = merge(merged, layer, where)
     return merged
+
+
+def check_run(config: DictConfig) -> None:
+    """Refuse numbers that no run can have; types are the schema's affair."""
+    for key, least in AT_LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not value >= least:
+            raise ValueError(f"expected {key} of {least} or more, found {value}")
+    if not config.train.lr > 0:
+        raise ValueError(f"expected train.lr above 0, found {config.train.lr}")
+    size = config.data.size
+    if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
+        raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")
+    if config.train.precision not in TRAINING_PRECISIONS:
+        names = ", ".join(TRAINING_PRECISIONS)
+        raise ValueError(f"expected train.precision to be one of {names}, found {config.train.precision!r}")
+    check_sample(config.sample)
+
+
+def check_sample(sample: SampleConfig | DictConfig) -> None:
+    """Refuse sampling settings that no sampler takes."""
+    if sample.sampler not in SAMPLER_NAMES:
+        raise ValueError(f"unknown sampler {sample.sampler!r}; choose one of {', '.join(SAMPLER_NAMES)}")
+    if not 1 <= sample.steps <= MAX_STEPS:
+        raise ValueError(f"expected 1 to {MAX_STEPS} sampling steps, found {sample.steps}")
+    if not 0 <= sample.eta <= 1:
+        raise ValueError(f"expected eta in 0..1, found {sample.eta}")
 
 
 def read_yaml(path: Path) -> Any:

@@ -60,24 +60,30 @@ def generate(
     check_counts(hint, prompts, seeds)
     sampler = find_sampler(settings.sampler)
     height, width = image_size(hint, size)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     down = model.first_stage_model.downsampling
     shape = (model.first_stage_model.embed_dim, height // down, width // down)
-
-    def noise_like(x: Tensor) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(x)
-
-    x = noise_like(torch.empty(0, device=model.device))
-    options = {"eta": settings.eta, "noise_like": noise_like} if sampler.is_stochastic else {}
+    draws = settings.steps if sampler.is_stochastic and settings.eta > 0 else 0
+    start, *later = draw_noise(seeds, 1 + draws, shape).to(model.device)
+    pending = iter(later)
+    options = {"eta": settings.eta, "noise_like": lambda _: next(pending)} if sampler.is_stochastic else {}
     z = sampler.run(
         guided_predictor(model, hint, prompts, settings),
-        x,
+        start,
         sampler.timesteps(settings.steps, model.num_timesteps),
         model.alphas_cumprod.double().tolist(),
         callback=callback,
         **options,
     )
     return decode(model, z)
+
+
+def draw_noise(seeds: Sequence[int], draws: int, shape: tuple[int, ...]) -> Tensor:
+    """(draws, B, *shape) normal noise, each image's from its own seed.
+
+    Drawn on the CPU, so that a seed means the same image everywhere; before the run, so that no step waits.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(draws, *shape, generator=g) for g in generators], dim=1)
 
 
 def guided_predictor(
@@ -92,9 +98,10 @@ def guided_predictor(
         features = features.expand(len(prompts), -1, -1, -1)
         both = guided and not settings.guess_mode  # in guess mode the unconditional half has no control
         cond["c_concat"] = [HintFeatures(features.repeat(2, 1, 1, 1) if both else features)]
-        count = model.control_model.num_residuals
-        fading = guess_mode_scales(settings.strength, count)
-        cond["control_scales"] = fading if settings.guess_mode else [settings.strength] * count
+        scales = model.control_scales
+        fading = guess_mode_scales(settings.strength, len(scales))
+        strengths = fading if settings.guess_mode else [settings.strength] * len(scales)
+        cond["control_scales"] = [s * scale for s, scale in zip(strengths, scales, strict=True)]
     cond = model.precompute_cond(cond)
 
     def predict_eps(x: Tensor, t: int) -> Tensor:
@@ -108,7 +115,10 @@ def decode(model: ControlLDM, z: Tensor) -> Tensor:
     at_once = max(1, DECODED_AT_ONCE // (z.shape[-2] * z.shape[-1]))
     images = torch.cat([model.decode_first_stage(part).float() for part in z.split(at_once)])
     if not images.isfinite().all():
-        raise ValueError("the sampled image is not finite; use --precision 32, or check the weights for NaN")
+        raise ValueError(
+            "the sampled image is not finite; use float32 (--precision 32, train.precision=32-true), "
+            "or check the weights for NaN"
+        )
     return to_uint8(images)
 
 

@@ -56,6 +56,10 @@ class ImageLogger(pl.Callback):
         self.seed = seed
         self.last_step = -1
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Fix the folder: asking Lightning for it is a collective, so every rank does it here."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "image_log"
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the samples and show what the untrained model makes of them."""
         if self.samples is None:
@@ -88,9 +92,8 @@ class ImageLogger(pl.Callback):
         finally:
             model.train(was_training)
         picture = sheet([grid_row(sample, image) for sample, image in zip(self.samples, images, strict=True)])
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "image_log"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(folder / f"step={step:06d}.png", picture)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_png(self.folder / f"step={step:06d}.png", picture)
         for logger in trainer.loggers:
             send_image(logger, "samples", picture, step)
 

@@ -1,34 +1,26 @@
-"""From a model file and weights to a model: building, strict loading, adding a control branch."""
+"""From a model file and weights to a model: building, strict loading, placing."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from cldm.checkpoint import (
-    SCHEDULE_KEYS,
-    detect_architecture,
-    match_keys,
-    parts,
-    to_model_keys,
-    with_position_ids,
-)
-from cldm.cldm import ControlLDM, build_hint_block
-from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors, sha256_of
+from cldm.checkpoint import SCHEDULE_KEYS, detect_architecture, match_keys, to_model_keys
+from cldm.cldm import ControlLDM
+from cldm.config import read_yaml
+from cldm.tensor_files import CheckpointError, read_shapes, read_tensors
+from cldm.weights import read_weights, recorded_yaml
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
-CONTROL, UNET = "control_model.", "model.diffusion_model."
 MODEL_FILES = {
     "sd15": "models/cldm_v15.yaml",
     "sd21": "models/cldm_v21.yaml",
@@ -62,50 +54,73 @@ def place(model: ControlLDM, device: str = "auto", precision: str = "auto") -> C
     """Move a model to where it samples, its networks in a precision; the autoencoder stays in float32.
 
     device     auto is the GPU if there is one
-    precision  one of PRECISIONS; auto is bf16 or else fp16 on a GPU, float32 on a CPU
+    precision  one of PRECISIONS, or auto: see `fast_precision`
     """
-    has_gpu = torch.cuda.is_available()
-    device = ("cuda" if has_gpu else "cpu") if device == "auto" else device
-    if device.startswith("cuda") and not has_gpu:
-        raise ValueError(f"expected a GPU for device {device!r}, found none; use cpu, or see tool_doctor.py")
-    half = "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "16"
-    precision = (half if device.startswith("cuda") else "32") if precision == "auto" else precision
-    model.to(device)
+    target = find_device(device)
+    model.to(target)
     for network in (model.model, model.control_model, model.cond_stage_model):
-        network.to(PRECISIONS[precision])
+        network.to(PRECISIONS[fast_precision(target) if precision == "auto" else precision])
     return model.eval()
 
 
-def load_model_config(path: str | Path, *, parameterization: str | None = None) -> DictConfig:
-    """Read a model YAML file; `parameterization` is what its network predicts, if the file is wrong in it."""
+def find_device(name: str) -> torch.device:
+    """The device of a name, auto being the first GPU or else the CPU; one that is not there is refused."""
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"expected a device such as cpu, cuda or cuda:1, found {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"expected one of {count} GPUs, found {name!r}; tool_doctor.py says what torch sees")
+    return device
+
+
+def fast_precision(device: torch.device) -> str:
+    """What is fast and safe: bf16 on GPUs that compute in it, fp16 on other GPUs, float32 on a CPU."""
+    if device.type != "cuda":
+        return "32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "16"
+
+
+def load_model_config(path: str | Path) -> DictConfig:
+    """Read a model YAML file; refuse another kind of file in a sentence."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"expected a model YAML file such as {MODEL_FILES['sd15']}, found nothing at {path}"
         )
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig) or "model" not in config or "target" not in config.model:
-        raise ValueError(f"{path} is no model file: expected 'model' with 'target' and 'params' in it")
-    return with_choices(config, parameterization=parameterization)
+    return check_model_config(read_yaml(Path(path)), str(path))
+
+
+def check_model_config(config: DictConfig, where: str) -> DictConfig:
+    """Refuse what is no model file."""
+    if not isinstance(config.get("model"), DictConfig) or not {"target", "params"} <= set(config.model):
+        raise ValueError(f"{where} is no model file: expected 'model' with 'target' and 'params' in it")
+    return config
 
 
 def with_choices(
-    config: DictConfig, *, parameterization: str | None = None, attn_backend: str | None = None
+    config: DictConfig,
+    *,
+    parameterization: str | None = None,
+    only_mid_control: bool | None = None,
+    attn_backend: str | None = None,
 ) -> DictConfig:
-    """A model file that predicts `parameterization` and attends by `attn_backend`; None changes nothing."""
-    changes: list[str] = []
-    if parameterization is not None:
-        changes.append(f"model.params.parameterization={parameterization}")
-    if attn_backend is not None:
-        networks = ("unet_config", "control_stage_config")
-        changes += [f"model.params.{network}.params.attn_backend={attn_backend}" for network in networks]
-    return cast(DictConfig, OmegaConf.merge(config, OmegaConf.from_dotlist(changes)))
+    """A model file with the choices that are no matter of its weights; None leaves one as it is."""
+    params = {"parameterization": parameterization, "only_mid_control": only_mid_control}
+    for network in ("unet_config", "control_stage_config"):
+        params[f"{network}.params.attn_backend"] = attn_backend
+    changed = config.copy()
+    for name, value in params.items():
+        if value is not None:
+            OmegaConf.update(changed, f"model.params.{name}", value)
+    return changed
 
 
 def model_config_of(checkpoint: str | Path) -> DictConfig:
     """The model file that a checkpoint belongs to: recorded in it, or known by its architecture."""
-    recorded = read_metadata(checkpoint).get("model_config")
-    if recorded:
-        return OmegaConf.create(recorded)
+    recorded = recorded_yaml(checkpoint, "model_config")
+    if recorded is not None:
+        return check_model_config(recorded, f"the model_config in {checkpoint}")
     return load_model_config(MODEL_FILES[detect_architecture(read_shapes(checkpoint), str(checkpoint))])
 
 
@@ -148,113 +163,3 @@ def check_schedule(ours: Tensor, state: Mapping[str, Tensor], where: str) -> Non
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by name."""
     return {key: tuple(value.shape) for key, value in state.items()}
-
-
-# -- weights that lie in two files ------------------------------------------------------------------------
-
-
-def read_weights(checkpoint: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
-    """All tensors of a model under the published names.
-
-    A file that holds only what was trained (`control_model.*`, and the UNet's decoder of an unlocked run)
-    lies over its base: `base` if given, else the file that `find_base` finds.
-    """
-    state = to_model_keys(read_tensors(checkpoint))
-    if parts(state) >= {"unet", "control", "vae", "text"} and base is None:
-        return state
-    if not any(key.startswith(CONTROL) for key in state):
-        raise CheckpointError(
-            f"{checkpoint} has no control branch; make one: python tool_add_control.py {checkpoint} OUT"
-        )
-    path = find_base(checkpoint) if base is None else Path(base)
-    return {**to_model_keys(read_tensors(path)), **state}
-
-
-def base_of(checkpoint: str | Path, base: str | Path | None = None) -> tuple[Path, set[str]]:
-    """The file that holds the frozen tensors of a checkpoint, and the names that differ from it."""
-    shapes = to_model_keys(read_shapes(checkpoint))
-    if parts(shapes) >= {"unet", "control", "vae", "text"}:
-        return Path(checkpoint), set()
-    return (find_base(checkpoint) if base is None else Path(base)), set(shapes)
-
-
-def base_notes(base: str | Path, beside: str | Path) -> dict[str, str]:
-    """Metadata by which `find_base` finds `base` again from a file in the folder `beside`."""
-    base = Path(base)
-    relative = os.path.relpath(base.resolve(), Path(beside).resolve())
-    return {"base": relative, "base_bytes": str(base.stat().st_size), "base_sha256": sha256_of(base)}
-
-
-def find_base(checkpoint: str | Path) -> Path:
-    """The base of a file that holds only what was trained: at its recorded path, else by hash in models/."""
-    notes = read_metadata(checkpoint)
-    if "base" not in notes:
-        raise CheckpointError(
-            f"{checkpoint} holds a control branch and no record of its base; name the base with --base FILE"
-        )
-    size = int(notes["base_bytes"])
-    recorded = Path(checkpoint).parent / notes["base"]
-    if recorded.is_file() and recorded.stat().st_size == size:
-        return recorded
-    for candidate in sorted(Path("models").glob("*")):
-        if (
-            candidate.is_file()
-            and candidate.stat().st_size == size
-            and sha256_of(candidate) == notes["base_sha256"]
-        ):
-            return candidate
-    raise CheckpointError(
-        f"{checkpoint} was trained on {notes['base']} ({size} bytes, sha256 {notes['base_sha256'][:12]}...), "
-        "found neither there nor in models/; name it with --base FILE"
-    )
-
-
-# -- adding a control branch ------------------------------------------------------------------------------
-
-
-def add_control(
-    config: DictConfig, base: Mapping[str, Tensor], control: Mapping[str, Tensor] | None = None, seed: int = 0
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state of a controlled model from a Stable Diffusion without one (Zhang et al. 2023, section 3.1).
-
-    config   model file of the result
-    base     tensors of the base; those of its UNet's encoder are copied into the control branch
-    control  tensors of a published control file; its branch is taken instead of the copy, and nothing else
-    seed     of the hint block, which nothing is copied into
-    returns  state by published name, and where each tensor came from: a name in the base, "CONTROL", or "NEW"
-    """
-    params = OmegaConf.to_container(config.model, resolve=True)
-    with torch.device("meta"):
-        target = instantiate_from_config(params).state_dict()
-    check_schedule(target["alphas_cumprod"], base, "the base")
-    found = {key: (value, key) for key, value in base.items()}
-    if control is None:
-        encoder = ((CONTROL + key.removeprefix(UNET), key) for key in base if key.startswith(UNET))
-        found |= {key: (base[source], source) for key, source in encoder}
-        fresh = new_tensors(target, params["params"]["control_stage_config"]["params"], seed)
-        found |= {key: (value, "NEW") for key, value in fresh.items()}
-    else:
-        found |= {key: (value, "CONTROL") for key, value in control.items() if key.startswith(CONTROL)}
-    found |= {key: (target[key], key if key in base else "NEW") for key in SCHEDULE_KEYS}
-    state = {key: found[key][0] for key in target if key in found}
-    sources = {key: found[key][1] for key in state}
-    leftover = {
-        key: value for source in (base, control or {}) for key, value in source.items() if key not in target
-    }
-    report = match_keys(shapes_of(target), shapes_of({**leftover, **state}))
-    if not report.ok:
-        raise CheckpointError(f"the files do not make the model of the model file: {report.sentence()}")
-    state = with_position_ids(state)
-    return state, {key: sources.get(key, key) for key in state}
-
-
-def new_tensors(
-    target: Mapping[str, Tensor], control_params: Mapping[str, Any], seed: int
-) -> dict[str, Tensor]:
-    """What a fresh control branch has and no encoder holds: a random hint block, zero convolutions."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        hint = build_hint_block(control_params.get("hint_channels", 3), control_params["model_channels"])
-    fresh = {f"{CONTROL}input_hint_block.{key}": value for key, value in hint.state_dict().items()}
-    zeros = (f"{CONTROL}zero_convs.", f"{CONTROL}middle_block_out.")
-    return fresh | {key: torch.zeros(value.shape) for key, value in target.items() if key.startswith(zeros)}

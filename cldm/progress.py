@@ -18,9 +18,9 @@ REFRESH_SECONDS = 0.5  # reading the loss waits for the device, so not at every 
 class StepProgressBar(pl.callbacks.ProgressBar):
     """Optimizer steps done and to do, loss and images a second; projects the duration of a run on a CPU."""
 
-    def __init__(self, images_per_step: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.images_per_step = images_per_step
+        self.images = 0
         self.bar: tqdm | None = None
         self.is_active = True
         self.is_projected = False
@@ -35,16 +35,19 @@ class StepProgressBar(pl.callbacks.ProgressBar):
         self.is_projected = pl_module.device.type != "cpu"
         self.start = self.shown = time.monotonic()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Advance the bar when an optimizer step is done."""
         assert self.bar is not None
+        self.images += len(batch["txt"]) * trainer.world_size
         now, step = time.monotonic(), trainer.global_step
         if step > 0 and not self.is_projected:
             self.is_projected = True
             self.project(now - self.start, trainer.max_steps)
         if now - self.shown > REFRESH_SECONDS or step == trainer.max_steps:
             self.bar.update(step - self.bar.n)
-            speed = step * self.images_per_step / (now - self.start)
+            speed = self.images / (now - self.start)
             metrics = {name: f"{value:.4f}" for name, value in trainer.callback_metrics.items()}
             self.bar.set_postfix({**metrics, "images/s": f"{speed:.2f}"})
             self.shown = now

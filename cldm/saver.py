@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cldm.checkpoint import with_position_ids
 from cldm.cldm import ControlLDM
-from cldm.model import base_notes
 from cldm.tensor_writing import write_tensors
+from cldm.weights import base_notes
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ class ControlCheckpoint(pl.Callback):
         self.notes = dict(notes or {})
         self.last_step = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Fix the folder: asking Lightning for it is a collective, so every rank does it here."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when a multiple of `every` optimizer steps is reached."""
         if trainer.global_step % self.every == 0:
@@ -64,12 +68,11 @@ class ControlCheckpoint(pl.Callback):
         step = trainer.global_step
         if step == self.last_step:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step={step:06d}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step={step:06d}.safetensors"
         notes = {**self.notes, "step": str(step)}
         if self.base is not None:
-            notes |= base_notes(self.base, beside=folder)
+            notes |= base_notes(self.base, beside=self.folder)
         write_tensors(path, self.tensors(model), notes)
         self.last_step = step
         log.info("wrote %s; sample from it: python generate.py --ckpt %s --hint MAPS --out OUT", path, path)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Dataset(Protocol):
@@ -32,10 +33,20 @@ class DatasetEntry:
     expected: tuple[str, ...]  # what the root must hold
     source: str  # where it is obtained
     label_space: str | None  # a name for LabelSpace.load; None without label maps
+    prepare: str | None = None  # a function of the module that makes the data at a root, if they can be made
 
     def load(self) -> Callable[..., Dataset]:
         """The class, imported now."""
-        return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.class_name)
+        return self._find(self.class_name)
+
+    def make(self, root: str | Path | None = None, **options: object) -> None:
+        """Make the data where they are missing; for an entry that has `prepare`."""
+        if self.prepare is None:
+            raise ValueError(f"{self.default_root} cannot be made here; it is obtained from {self.source}")
+        self._find(self.prepare)(self.default_root if root is None else root, **options)
+
+    def _find(self, name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"{__name__}.{self.module}"), name)
 
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -55,6 +66,15 @@ DATASETS: dict[str, DatasetEntry] = {
         source="https://huggingface.co/lllyasviel/ControlNet/tree/main/training",
         label_space=None,
     ),
+    "streets": DatasetEntry(
+        module="streets",
+        class_name="StreetsDataset",
+        default_root="data/streets",
+        expected=("leftImg8bit", "gtFine", "captions.json"),  # the last is written when all is rendered
+        source="python tool_make_streets.py",
+        label_space="cityscapes",
+        prepare="make_tree",
+    ),
 }
 
 
@@ -70,7 +90,12 @@ def find_entry(name: str) -> DatasetEntry:
 def create_dataset(name: str, **kwargs: object) -> Dataset:
     """A data set by name, at its default root unless `root` is given."""
     entry = find_entry(name)
-    return entry.load()(**{"root": entry.default_root, **kwargs})
+    cls = entry.load()
+    options = {"root": entry.default_root, **kwargs}
+    known = list(inspect.signature(cls).parameters)
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"data set {name} has no option {unknown[0]!r}; it takes {', '.join(known)}")
+    return cls(**options)
 
 
 def missing_paths(name: str, root: str | Path | None = None) -> list[Path]:

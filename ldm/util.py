@@ -9,8 +9,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 ALLOWED_PACKAGES = ("ldm", "cldm")
-ALLOWED_TARGETS = ("torch.nn.Identity",)
+IDENTITY = "torch.nn.Identity"  # `lossconfig` of published files
 
 
 def instantiate_from_config(config: Mapping[str, Any]) -> Any:
@@ -21,54 +23,62 @@ def instantiate_from_config(config: Mapping[str, Any]) -> Any:
     `fixed_params` (supported at one value only) and `arch_class` (a dataclass of further keywords).
 
     Raises
-        KeyError    the configuration has no `target`
-        ValueError  the target is not allowed or does not exist, or a parameter is unknown or unsupported
+        ValueError  no target or one that is not allowed; a parameter that is unknown, unsupported or missing
     """
-    if "target" not in config:
-        raise KeyError(f"expected a configuration with 'target', found the keys {sorted(config)}")
-    cls = resolve_target(config["target"])
-    if config["target"] in ALLOWED_TARGETS:
-        return cls()
+    target = config.get("target")
+    if target == IDENTITY:
+        return nn.Identity()
+    cls = resolve_target(target)
     return cls(**supported_params(cls, config.get("params") or {}))
 
 
-def resolve_target(target: str) -> type:
+def resolve_target(target: str | None) -> type:
     """Return the class that a dotted name stands for, from the allow-list only."""
-    module_name, _, class_name = target.rpartition(".")
-    if module_name.partition(".")[0] not in ALLOWED_PACKAGES and target not in ALLOWED_TARGETS:
-        allowed = ", ".join([*(f"{package}.*" for package in ALLOWED_PACKAGES), *ALLOWED_TARGETS])
+    module_name, _, class_name = str(target).rpartition(".")
+    if module_name.partition(".")[0] not in ALLOWED_PACKAGES:
+        allowed = ", ".join([*(f"{package}.*" for package in ALLOWED_PACKAGES), IDENTITY])
         raise ValueError(f"target {target!r} is not allowed in a model file; expected one of {allowed}")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        found = getattr(importlib.import_module(module_name), class_name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"target {target!r} does not exist: {error}") from error
+    if not isinstance(found, type) or found.__module__ != module_name:
+        raise ValueError(f"target {target!r} is not allowed in a model file; it is no class of that module")
+    return found
 
 
 def supported_params(cls: type, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that `cls` takes; drop unused ones, refuse unknown and unsupported ones."""
+    """Return the parameters that `cls` takes; drop unused, refuse unknown, unsupported and missing ones."""
     unused: frozenset[str] = getattr(cls, "unused_params", frozenset())
     fixed: Mapping[str, Any] = getattr(cls, "fixed_params", {})
     known = parameter_names(cls)
     for name, value in params.items():
         if name in fixed and value != fixed[name]:
             raise ValueError(f"{cls.__name__}: {name}={value!r} is not supported; only {fixed[name]!r} is")
-        if name not in known | unused | set(fixed):
+        if name not in {*known, *unused, *fixed}:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{cls.__name__} has no parameter {name!r}{hint}")
+    if lacking := [name for name, is_required in known.items() if is_required and name not in params]:
+        raise ValueError(
+            f"{cls.__name__} needs the parameter {lacking[0]!r} in its params, found {sorted(params)}"
+        )
     return {name: value for name, value in params.items() if name in known}
 
 
-def parameter_names(cls: type) -> set[str]:
-    """Names that the constructor takes: its own, those it passes to a base class, those of `arch_class`."""
-    names: set[str] = set()
+def parameter_names(cls: type) -> dict[str, bool]:
+    """What the constructor takes, and whether it must be given.
+
+    Its own parameters, those that it passes to a base class, and those of `arch_class`.
+    """
+    names: dict[str, bool] = {}
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
             continue
         parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
-        names |= {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names |= {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
         if hasattr(owner, "arch_class"):
-            return names | {field.name for field in dataclasses.fields(owner.arch_class)}
+            return names | {field.name: False for field in dataclasses.fields(owner.arch_class)}
     return names

@@ -20,7 +20,8 @@ from torch import Tensor
 import tool_add_control
 from cldm.checkpoint import to_model_keys
 from cldm.cldm import ControlLDM
-from cldm.model import add_control, create_model, load_model_config
+from cldm.add_control import add_control
+from cldm.model import create_model, load_model_config
 from cldm.tensor_files import CheckpointError
 
 ROOT = Path(__file__).parents[1]

@@ -26,6 +26,9 @@ FLAGS = {
     },
     "tool_add_control.py": {"--control", "--config", "--seed"},
     "tool_doctor.py": {"--json"},
+    "tool_make_streets.py": {
+        *("--domain", "--conditions", "--size", "--train", "--val", "--out", "--seed", "--workers"),
+    },
     "tutorial_dataset.py": {"--root", "--index"},
     "tutorial_train.py": {
         *("--dataset", "--config", "--batch_size", "--default_root_dir", "--gpus", "--logger_freq"),

@@ -23,7 +23,7 @@ import generate as script
 from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
 from cldm.generate import generate
-from cldm.model import base_notes
+from cldm.weights import base_notes
 from cldm.tensor_files import read_metadata
 from cldm.tensor_writing import write_tensors
 

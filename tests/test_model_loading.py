@@ -15,17 +15,10 @@ from oracles import randomize
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
-from cldm.model import (
-    base_notes,
-    create_model,
-    find_base,
-    load_model_config,
-    load_state_dict,
-    model_config_of,
-    read_weights,
-)
+from cldm.model import create_model, load_model_config, load_state_dict, model_config_of
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
+from cldm.weights import base_notes, find_base, read_weights
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Any]]
 GOLDEN = Path(__file__).parent / "golden"

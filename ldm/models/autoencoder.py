@@ -24,7 +24,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, embed_dim: int, ddconfig: Mapping[str, Any]) -> None:
         super().__init__()
-        arch = VAEArch(**ddconfig)
+        arch = VAEArch.from_config(ddconfig)
         self.encoder = Encoder(arch)
         self.decoder = Decoder(arch)
         self.quant_conv = nn.Conv2d(2 * arch.z_channels, 2 * embed_dim, 1)

@@ -35,6 +35,8 @@ def sample_ddim(
     noise_like  draws the noise of a step; not called at eta 0
     returns     (B, C, h, w)  latent at level abar[0], where Stable Diffusion ends
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"expected eta in 0..1, found {eta}")
     levels = [*(abar[t] for t in timesteps), abar[0]]
     for step, t in enumerate(timesteps):
         now, after = levels[step], levels[step + 1]

@@ -103,7 +103,8 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
     @torch.no_grad()
     def encode_first_stage(self, image: Tensor) -> DiagonalGaussianDistribution:
         """(B, 3, H, W) in [-1, 1] -> distribution of the latent, not scaled."""
-        return self.first_stage_model.encode(image)
+        with self.full_precision():
+            return self.first_stage_model.encode(image)
 
     def get_first_stage_encoding(self, posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """Draw a latent (B, C, h, w) and scale it; a tensor is taken as the draw."""
@@ -113,7 +114,12 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Latent (B, C, h, w) -> image (B, 3, H, W), about [-1, 1]."""
-        return self.first_stage_model.decode(z / self.scale_factor)
+        with self.full_precision():
+            return self.first_stage_model.decode(z / self.scale_factor)
+
+    def full_precision(self) -> torch.autocast:
+        """Keep the first stage out of autocast: fp16 can overflow in it, bf16 shows in the image."""
+        return torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def get_learned_conditioning(self, texts: Sequence[str]) -> Tensor:
@@ -130,6 +136,11 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         return z, {"c_crossattn": [self.get_learned_conditioning(batch[self.cond_stage_key][:bs])]}
 
     # -- training ----------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Give each process noise and noise levels of its own; the order of the data has another seed."""
+        if self.global_rank > 0:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch at random noise levels (Ho et al. 2020, Algorithm 1)."""
@@ -168,8 +179,13 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW in one fused kernel; on a CPU five times as fast as the loop over parameters."""
-        return torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=True)
+        """AdamW in one fused kernel; on a CPU five times as fast as the loop over parameters.
+
+        Lightning cannot clip gradients that a fused optimizer would unscale, so not in that case.
+        """
+        trainer = self._trainer
+        clips = trainer is not None and trainer.gradient_clip_val and "mixed" in str(trainer.precision)
+        return torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=not clips)
 
 
 def channels_first(images: Tensor, device: torch.device) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.modules.attention import sdpa_attention, to_map, to_tokens
+from ldm.modules.diffusionmodules.blocks import Upsample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,14 @@ class VAEArch:
     def __post_init__(self) -> None:
         if list(self.attn_resolutions):
             raise ValueError(f"attn_resolutions={list(self.attn_resolutions)} is not supported; only [] is")
+
+    @classmethod
+    def from_config(cls, ddconfig: Mapping[str, Any]) -> VAEArch:
+        """The sizes in a `ddconfig`; an unknown one is refused."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in ddconfig if name not in known]:
+            raise ValueError(f"ddconfig has no parameter {unknown[0]!r}; known are {', '.join(known)}")
+        return cls(**ddconfig)
 
     @property
     def widths(self) -> list[int]:
@@ -96,18 +106,6 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H / 2, W / 2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the size by repetition, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):

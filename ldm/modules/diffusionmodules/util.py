@@ -31,7 +31,13 @@ def zero_module(module: nn.Module) -> nn.Module:
 
 
 def maybe_checkpoint(function: Callable[..., Tensor], *inputs: object, active: bool) -> Tensor:
-    """Call `function`; when `active`, recompute it in backward instead of storing its activations."""
-    if active and torch.is_grad_enabled():
+    """Call `function`; when `active`, recompute it in backward instead of storing its activations.
+
+    Without a gradient to come, in a frozen block whose inputs need none, there is nothing to save.
+    """
+    owner = getattr(function, "__self__", None)
+    parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
+    tensors = (x for x in (*inputs, *parameters) if isinstance(x, Tensor))
+    if active and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)

@@ -1,0 +1,61 @@
+"""The rendered tree as a data set: Cityscapes' own loader, and a caption for each frame."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from datasets.base import LabelSample, Sample
+from datasets.cityscapes import CityscapesDataset
+from datasets.label_space import Size
+from datasets.streets.tree import CAPTIONS
+
+
+class StreetsDataset(CityscapesDataset):
+    """Street scenes as `tool_make_streets.py` writes them."""
+
+    source = "python tool_make_streets.py"
+
+    def __init__(
+        self,
+        root: str | Path = "data/streets",
+        split: str = "train",
+        size: Size = (128, 256),
+        prompt: str | None = None,
+    ) -> None:
+        """Pair the photos and maps of `split`; a `prompt` replaces the captions of all frames."""
+        super().__init__(root, split, size=size, prompt=prompt or "")
+        self.captions = {} if prompt else read_captions(self.root)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One frame as a sample, with its caption."""
+        sample = super().__getitem__(index)
+        return {**sample, "txt": self.captions.get(sample["key"], self.prompt)}
+
+    @classmethod
+    def preview(
+        cls,
+        count: int,
+        *,
+        root: str | Path = "data/streets",
+        split: str = "val",
+        size: Size = (128, 256),
+        prompt: str | None = None,
+    ) -> list[LabelSample | Sample]:
+        """The first `count` frames of a split, with their captions."""
+        samples = super().preview(count, root=root, split=split, size=size, prompt=prompt or "")
+        captions = {} if prompt else read_captions(Path(root))
+        for sample in samples:
+            sample["txt"] = captions.get(sample["key"], sample["txt"])
+        return samples
+
+
+def read_captions(root: Path) -> dict[str, str]:
+    """Caption by stem."""
+    path = root / CAPTIONS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected the captions of the frames, found no such file; the rendering is unfinished."
+            f" Continue it with: python tool_make_streets.py --out {root}"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
