@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cldm.cli import refuse
+from cldm.cli import keep_freed_memory, refuse
 from cldm.config import SAMPLER_NAMES, SampleConfig, check_sample
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
 from datasets.hints import HINT_TYPES, find_hints, read_hint
@@ -108,6 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Hints -> jobs that are not done -> model -> images -> sheets."""
     args = parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         sample = fill_from_run(args)

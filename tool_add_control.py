@@ -86,13 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from omegaconf import OmegaConf
 
     from cldm.add_control import add_control
-    from cldm.checkpoint import detect_architecture, parts, to_model_keys
+    from cldm.checkpoint import detect_architecture, parts, refuse_foreign, to_model_keys
     from cldm.model import MODEL_FILES, load_model_config, shapes_of
     from cldm.tensor_files import CheckpointError, read_tensors
     from cldm.tensor_writing import write_tensors
 
     try:
         base = to_model_keys(read_tensors(args.source))
+        refuse_foreign(shapes_of(base), str(args.source))
         if args.config is None:
             args.config = MODEL_FILES[detect_architecture(shapes_of(base), str(args.source))]
         if "control" in parts(base):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import refuse
+from cldm.cli import keep_freed_memory, refuse
 from cldm.config import RANDOM, check_run, load_run_config
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
@@ -52,9 +52,8 @@ OBTAIN_WEIGHTS = """\
   SD 2.1: v2-1_512-ema-pruned.safetensors of huggingface.co/stabilityai/stable-diffusion-2-1-base
   put it into models/ and add a control branch: python tool_add_control.py models/FILE {checkpoint}"""
 WORKS_NOW = """\
-What works without weights, to try the machinery on your data with a random miniature:
-  python tutorial_train.py --dataset {dataset} --config models/cldm_streets.yaml --resume_path random \
-data.size=[128,256] --max_steps 20"""
+What works now, without weights and data: a random miniature on rendered streets, to try the machinery:
+  python tutorial_train.py --dataset streets --resume_path random --max_steps 20"""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -133,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(OmegaConf.to_yaml(config))
         return
     if missing := find_missing(config):
-        if not missing_paths(config.data.name, config.data.root):
-            missing.append(WORKS_NOW.format(dataset=config.data.name))
-        refuse("\n".join(["cannot start:", *missing]))
+        refuse("\n".join(["cannot start:", *missing, WORKS_NOW]))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     make_missing_data(config)
     train(config)
@@ -162,6 +159,7 @@ def train(config: DictConfig) -> None:
     """Run one training; its parts are the functions below."""
     import pytorch_lightning as pl
 
+    keep_freed_memory()
     quiet_lightning()
     pl.seed_everything(config.train.seed, verbose=False)
     try:

@@ -120,7 +120,7 @@ def detect_architecture(shapes: Mapping[str, Shape], where: str = "this file") -
     Needs the UNet or the control branch, whose width and context size tell the bases apart.
     """
     shapes = _renamed(shapes)
-    _refuse_known(shapes, where)
+    refuse_foreign(shapes, where)
     stem = _stem(shapes, where)
     contexts = _context_dims(shapes)
     channels, inputs = stem[:2]
@@ -232,7 +232,8 @@ def _with_ema(kept: dict[str, Value], renamed: Mapping[str, Value]) -> dict[str,
     return {key: renamed[copies[key]] if key in copies else value for key, value in kept.items()}
 
 
-def _refuse_known(shapes: Mapping[str, Shape], where: str) -> None:
+def refuse_foreign(shapes: Mapping[str, Shape], where: str) -> None:
+    """Refuse by its name what is no Stable Diffusion 1 or 2 with a UNet or a control branch."""
     for pattern, what in _REFUSED:
         if any(re.search(pattern, key) for key in shapes):
             raise CheckpointError(f"{where} is {what}; {SUPPORTED}")

@@ -1,13 +1,29 @@
-"""What the scripts share: how they refuse."""
+"""What the scripts share: how they refuse, and how they hold memory."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def refuse(message: str) -> NoReturn:
     """Say in one sentence why nothing more is done, exit with 2 as a wrong argument does."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
     sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free instead of handing it back and faulting it in again at every step.
+
+    On a CPU that was a fifth of an SD1.5 sampling step. Elsewhere than on Linux it does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tool_add_control
+from cldm.add_control import add_control
 from cldm.checkpoint import to_model_keys
 from cldm.cldm import ControlLDM
-from cldm.add_control import add_control
 from cldm.model import create_model, load_model_config
 from cldm.tensor_files import CheckpointError
 

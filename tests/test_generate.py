@@ -23,9 +23,9 @@ import generate as script
 from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
 from cldm.generate import generate
-from cldm.weights import base_notes
 from cldm.tensor_files import read_metadata
 from cldm.tensor_writing import write_tensors
+from cldm.weights import base_notes
 
 PROMPTS, SEEDS = ["a road in the rain", "a house"], [11, 5]
 FAST = SampleConfig(steps=3, scale=4.0, negative_prompt="blurred")
@@ -532,7 +532,7 @@ def test_prompt_and_size_are_those_of_the_training_run(
         ("whole", "unclear.png", [], "--hint_type"),
         ("whole", "unclear.png", ["--hint_type", "colours"], "unclear.png"),
         ("whole", "twins", [], "rename"),
-        ("whole", "good", ["--num", "0"], "--num must be 1 or more"),
+        ("whole", "good", ["--num", "0"], "--num must lie in 1.."),
         ("whole", "good", ["--palette", "cityscape"], "did you mean 'cityscapes'"),
         ("whole", "good", ["--sampler", "euler"], "dpm++2m"),
         ("whole", "good", ["--size", "60", "64"], "multiples of 64"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import generate as generate_script
 import tutorial_train
@@ -25,7 +25,7 @@ from cldm.config import SampleConfig
 from cldm.generate import generate
 from cldm.logger import ImageLogger, grid_row, send_image
 from cldm.progress import StepProgressBar
-from cldm.tensor_files import sha256_of
+from cldm.tensor_files import fingerprint, sha256_of
 from cldm.tensor_writing import write_tensors
 from datasets import create_dataset
 
@@ -169,7 +169,7 @@ def test_a_locked_run_leaves_every_frozen_tensor_bit_by_bit(locked: Run, start: 
 def test_a_checkpoint_records_its_base_and_its_run(locked: Run, start: Path, tree: Path) -> None:
     found = notes(locked.folder / "checkpoints" / locked.files[0])
     assert (locked.folder / "checkpoints" / found["base"]).resolve() == start.resolve()
-    assert (found["base_sha256"], found["base_bytes"]) == (sha256_of(start), str(start.stat().st_size))
+    assert (found["base_sha256"], found["base_fingerprint"]) == (sha256_of(start), fingerprint(start))
     run = yaml.safe_load(found["run_config"])
     assert (run["data"]["root"], run["train"]["max_steps"], run["train"]["lr"]) == (str(tree), 2, 1.0e-3)
     assert yaml.safe_load(found["model_config"])["model"]["target"] == "cldm.cldm.ControlLDM"
@@ -427,6 +427,7 @@ def test_the_logger_restores_the_mode_of_training_whatever_happens(
         return np.zeros((1, 64, 64, 3), np.uint8)
 
     monkeypatch.setattr(logger, "sample", sampling)
+    logger.setup(trainer, tiny_model, "fit")
     tiny_model.train()
     logger.log_grid(trainer, tiny_model)
     assert tiny_model.training
@@ -479,8 +480,8 @@ class Line(pl.LightningModule):
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
-    def training_step(self, batch: Sequence[Tensor], i: int) -> Tensor:
-        loss = self.layer(batch[0]).square().mean()
+    def training_step(self, batch: dict[str, Tensor], i: int) -> Tensor:
+        loss = self.layer(batch["txt"]).square().mean()
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -492,7 +493,7 @@ class Line(pl.LightningModule):
 def test_the_bar_counts_optimizer_steps_and_projects_a_run_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, shown: bool
 ) -> None:
-    bar = StepProgressBar(images_per_step=4)
+    bar = StepProgressBar()
     if not shown:
         bar.disable()
     trainer = pl.Trainer(
@@ -507,7 +508,7 @@ def test_the_bar_counts_optimizer_steps_and_projects_a_run_once(
         default_root_dir=tmp_path,
     )
     with caplog.at_level(logging.INFO, logger="cldm.progress"):
-        trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 1)), batch_size=1))
+        trainer.fit(Line(), DataLoader([{"txt": torch.ones(1)}] * 8, batch_size=1))
     err = capsys.readouterr().err
     assert bar.bar.total == 3
     assert ("3/3" in err) is shown
@@ -521,5 +522,5 @@ def test_the_bar_counts_optimizer_steps_and_projects_a_run_once(
 
 def test_the_projection_is_the_first_step_times_the_steps(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="cldm.progress"):
-        StepProgressBar(1).project(7.2, 1000)
+        StepProgressBar().project(7.2, 1000)
     assert caplog.messages == ["the first step took 7.2 s on the CPU; 1000 steps take about 2:00:00"]

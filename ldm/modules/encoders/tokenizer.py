@@ -5,8 +5,10 @@ Both text encoders use these ids; they differ in the padding alone.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +26,18 @@ END_ID = 49407
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> SimpleTokenizer:
-    from open_clip.tokenizer import SimpleTokenizer  # here, because this import costs seconds
-
-    return SimpleTokenizer()
+    # The one file, not the package: importing open_clip builds models that are not needed here, for seconds.
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("open-clip-torch is not installed: pip install -r requirements.txt")
+    spec = importlib.util.spec_from_file_location(
+        "open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
 
 
 def encode(text: str) -> list[int]:
