@@ -5,6 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 REQUIREMENTS := requirements.txt requirements-dev.txt
+DEMO := output/demo
 PACKAGES := $(wildcard cldm ldm datasets metrics webui)
 
 .DEFAULT_GOAL := help
@@ -12,7 +13,7 @@ PACKAGES := $(wildcard cldm ldm datasets metrics webui)
 
 help:
 	@echo "make install  make $(VENV) and install everything (repeated only when a requirements file changes)"
-	@echo "make demo     install, then show that this machine is ready"
+	@echo "make demo     install, then render, train and sample for a minute with a random miniature"
 	@echo "make test     install, lint, then the default test suite (CPU, no weights, no network)"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff rewrite what it can"
@@ -35,8 +36,15 @@ $(STAMP): $(REQUIREMENTS) | $(PY)
 	$(PY) -m pip install --disable-pip-version-check $(REQUIREMENTS:%=-r %)
 	@touch $@
 
+# Random weights, as none are shipped yet: what it shows is that rendering, training and sampling run here.
 demo: install
 	$(PY) tool_doctor.py
+	$(PY) tool_make_streets.py --train 64 --val 8 --out $(DEMO)/streets
+	$(PY) tutorial_train.py --dataset streets --resume_path random --max_steps 20 --logger_freq 10 \
+	  --default_root_dir $(DEMO) data.root=$(DEMO)/streets sample.steps=5
+	$(PY) generate.py --ckpt "$$(ls -t $(DEMO)/lightning_logs/*/checkpoints/*.safetensors | head -1)" \
+	  --hint $(DEMO)/streets/gtFine/val --out $(DEMO)/images --overwrite
+	@echo "look at $(DEMO)/images/contact_sheet_001.png and $(DEMO)/lightning_logs/*/image_log"
 
 # Lint comes first, so that the last line is pytest's own summary.
 test: lint

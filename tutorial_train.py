@@ -17,10 +17,9 @@ import argparse
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,18 +27,13 @@ from cldm.cli import keep_freed_memory, refuse
 from cldm.config import RANDOM, check_run, load_run_config
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-    from torch.utils.data import DataLoader
-
-    from cldm.cldm import ControlLDM
-
 log = logging.getLogger("tutorial_train")
 
 # A flag of the predecessors, and the key that it sets.
 FLAGS = {
     "batch_size": "train.batch_size",
     "default_root_dir": "train.default_root_dir",
+    "dry_run": "train.dry_run",
     "gpus": "train.gpus",
     "logger_freq": "train.logger_freq",
     "max_steps": "train.max_steps",
@@ -76,6 +70,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume_path", help="weights to start from (no optimizer state); 'random' for none")
     parser.add_argument(
         "--sd_locked", action=argparse.BooleanOptionalAction, help="keep the UNet's decoder frozen"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="one real step and its sample grid, then a report"
     )
     parser.add_argument("--print_config", action="store_true", default=False, help="print the run and exit")
     parser.add_argument(
@@ -148,19 +145,13 @@ def make_missing_data(config: DictConfig) -> None:
             refuse(str(error))
 
 
-def quiet_lightning() -> None:
-    """Leave out what Lightning says of every run here: that frozen modules are in eval mode, and its tips."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (r"Found \d+ module\(s\) in eval mode", "The number of training batches", "`isinstance"):
-        warnings.filterwarnings("ignore", message=message)
-
-
 def train(config: DictConfig) -> None:
-    """Run one training; its parts are the functions below."""
+    """Data -> model -> trainer -> fit."""
     import pytorch_lightning as pl
 
+    from cldm.trainer import build_callbacks, build_loader, build_model, build_trainer
+
     keep_freed_memory()
-    quiet_lightning()
     pl.seed_everything(config.train.seed, verbose=False)
     try:
         dataset = create_dataset(config.data.name, **dataset_options(config))
@@ -168,38 +159,13 @@ def train(config: DictConfig) -> None:
             if config.data[name] is None:
                 config.data[name] = getattr(dataset, name, None)
         model, saver = build_model(config)
-        count = min(config.train.grid_images, len(dataset))
-        grid = grid_samples(config, dataset) or [dataset[i] for i in range(count)]
         loader = build_loader(config, dataset)
-        trainer = build_trainer(config, [saver, *build_callbacks(config, grid)])
+        trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
-    log.info("%d samples of %s, %d trained parameters", len(dataset), dataset.root, count_trained(model))
+    trained = sum(parameter.numel() for parameter in model.trainable_parameters())
+    log.info("%d samples of %s, %d trained parameters", len(dataset), dataset.root, trained)
     trainer.fit(model, loader)
-
-
-def build_model(config: DictConfig) -> tuple[ControlLDM, pl.Callback]:
-    """The model with its weights, and the callback that saves what is trained of it."""
-    from cldm.model import create_model, load_model_config, with_choices
-    from cldm.saver import ControlCheckpoint
-    from cldm.weights import base_of
-
-    recorded = with_choices(
-        load_model_config(config.model.config),
-        parameterization=config.model.parameterization,
-        only_mid_control=config.train.only_mid_control,
-    )
-    model_config = with_choices(recorded, attn_backend=config.model.attn_backend)  # a matter of the machine
-    base, carried = None, set()
-    if config.model.checkpoint == RANDOM:
-        model = create_model(model_config)
-    else:
-        model = create_model(model_config, config.model.checkpoint, config.model.base)
-        base, carried = base_of(config.model.checkpoint, config.model.base)
-    model.learning_rate = config.train.lr
-    model.sd_locked = config.train.sd_locked
-    notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
-    return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
 
 
 def dataset_options(config: DictConfig) -> dict[str, Any]:
@@ -213,80 +179,15 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
 
 
 def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
-    """Validation maps for the sample grid; none when the run or the data set has no validation split."""
+    """What the sample grid shows: maps of the validation split, or training ones where there is none."""
     split, count = config.data.val_split, config.train.grid_images
-    if split is None or not hasattr(dataset, "preview"):
-        return []
-    try:
-        return dataset.preview(
-            count, root=dataset.root, split=split, size=dataset.size, prompt=dataset.prompt
-        )
-    except FileNotFoundError as error:
-        log.warning("%s The sample grid shows training maps instead.", error)
-        return []
-
-
-def build_loader(config: DictConfig, dataset: Any) -> DataLoader:
-    """Shuffled batches; a data set smaller than a batch is one batch."""
-    from torch.utils.data import DataLoader
-
-    from cldm.model import find_device
-
-    return DataLoader(
-        dataset,
-        batch_size=config.train.batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= config.train.batch_size,
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-        pin_memory=find_device("auto").type == "cuda",
-    )
-
-
-def build_callbacks(config: DictConfig, grid: Sequence[Any]) -> list[pl.Callback]:
-    """Sample grids and progress."""
-    from cldm.logger import ImageLogger
-    from cldm.progress import StepProgressBar
-
-    settings = OmegaConf.to_object(config.sample)
-    images = ImageLogger(config.train.logger_freq, config.train.grid_images, samples=grid, settings=settings)
-    return [images, StepProgressBar()]
-
-
-def build_trainer(config: DictConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's loop over optimizer steps."""
-    import pytorch_lightning as pl
-    import torch
-    from pytorch_lightning.loggers import TensorBoardLogger
-
-    from cldm.model import fast_precision, find_device
-
-    gpus = list(config.train.gpus or ())
-    device = find_device("auto")
-    if device.type == "cpu":
-        log.warning("no GPU found: training on the CPU")
-    elif gpus:
-        device = min((find_device(f"cuda:{gpu}") for gpu in gpus), key=torch.cuda.get_device_capability)
-    fast = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[fast_precision(device)]
-    return pl.Trainer(
-        accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1 if device.type == "cpu" else gpus or "auto",
-        precision=fast if config.train.precision == "auto" else config.train.precision,
-        max_steps=config.train.max_steps,
-        accumulate_grad_batches=config.train.accumulate,
-        gradient_clip_val=config.train.clip,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(config.train.default_root_dir),
-        default_root_dir=config.train.default_root_dir,
-        log_every_n_steps=10,
-        enable_checkpointing=False,  # ControlCheckpoint writes them
-        enable_model_summary=False,
-    )
-
-
-def count_trained(model: ControlLDM) -> int:
-    """Parameters in the optimizer."""
-    return sum(parameter.numel() for parameter in model.trainable_parameters())
+    if split is not None and hasattr(dataset, "preview"):
+        try:
+            options = {"root": dataset.root, "size": dataset.size, "prompt": dataset.prompt}
+            return dataset.preview(count, split=split, **options)
+        except FileNotFoundError as error:
+            log.warning("%s The sample grid shows training maps instead.", error)
+    return [dataset[i] for i in range(min(count, len(dataset)))]
 
 
 if __name__ == "__main__":

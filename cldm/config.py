@@ -75,6 +75,7 @@ class TrainConfig:
     default_root_dir: str = "work_dir"
     logger_freq: int = 300  # optimizer steps between two logged grids
     grid_images: int = 4  # rows of a logged grid
+    dry_run: bool = False  # one real step and its grid, a report, no checkpoint
     checkpoint_freq: int = 5000  # optimizer steps between two checkpoints; one is written at the end as well
 
 

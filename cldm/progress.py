@@ -15,6 +15,11 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.5  # reading the loss waits for the device, so not at every step
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words, such as 2:00:00 or 3 days, 4:05:06."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 class StepProgressBar(pl.callbacks.ProgressBar):
     """Optimizer steps done and to do, loss and images a second; projects the duration of a run on a CPU."""
 
@@ -54,7 +59,7 @@ class StepProgressBar(pl.callbacks.ProgressBar):
 
     def project(self, seconds: float, max_steps: int) -> None:
         """Say how long the whole run takes at the speed of the first step."""
-        whole = timedelta(seconds=round(seconds * max_steps))
+        whole = duration(seconds * max_steps)
         log.info("the first step took %.1f s on the CPU; %d steps take about %s", seconds, max_steps, whole)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -44,12 +44,12 @@ def read_weights(checkpoint: str | Path, base: str | Path | None = None) -> dict
     return {**to_model_keys(read_tensors(path)), **state}
 
 
-def base_of(checkpoint: str | Path, base: str | Path | None = None) -> tuple[Path, set[str]]:
+def base_of(checkpoint: str | Path, base: str | Path | None = None) -> tuple[Path, frozenset[str]]:
     """The file that holds the frozen tensors of a checkpoint, and the names that differ from it."""
     shapes = to_model_keys(read_shapes(checkpoint))
     if parts(shapes) >= ALL_PARTS:
-        return Path(checkpoint), set()
-    return (find_base(checkpoint) if base is None else Path(base)), set(shapes)
+        return Path(checkpoint), frozenset()
+    return (find_base(checkpoint) if base is None else Path(base)), frozenset(shapes)
 
 
 def base_notes(base: str | Path, beside: str | Path) -> dict[str, str]:

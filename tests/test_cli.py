@@ -31,7 +31,15 @@ FLAGS = {
     },
     "tutorial_dataset.py": {"--root", "--index"},
     "tutorial_train.py": {
-        *("--dataset", "--config", "--batch_size", "--default_root_dir", "--gpus", "--logger_freq"),
+        *(
+            "--dataset",
+            "--config",
+            "--batch_size",
+            "--default_root_dir",
+            "--gpus",
+            "--logger_freq",
+            "--dry_run",
+        ),
         *("--max_steps", "--resume_path", "--sd_locked", "--no-sd_locked", "--print_config"),
     },
 }

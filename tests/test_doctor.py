@@ -40,7 +40,13 @@ BOUNDS = read_bounds(ROOT / "requirements.txt")
 HEALTHY = {
     **{"python": "3.11.7", "torch": "2.15.0", "torchvision": "0.29.2", "pytorch-lightning": "2.6.6"},
     **{"omegaconf": "2.4.0", "open-clip-torch": "3.3.0", "safetensors": "0.8.0", "pillow": "12.0.0"},
-    **{"opencv-python-headless": "5.0.0.93", "numpy": "2.4.6", "tensorboard": "2.21.0", "gradio": None},
+    **{
+        "opencv-python-headless": "5.0.0.93",
+        "numpy": "2.4.6",
+        "tensorboard": "2.21.0",
+        "tqdm": "4.70.1",
+        "gradio": None,
+    },
 }
 NMS = "RuntimeError: operator torchvision::nms does not exist"
 H200 = {"name": "H200", "memory_gib": 139.0, "capability": "9.0"}
@@ -221,7 +227,7 @@ def test_the_requirements_stand_on_the_floors_and_name_what_is_probed() -> None:
         if floor.package in BOUNDS:
             assert f">={floor.version}," in BOUNDS[floor.package], "requirements.txt and FLOORS disagree"
     modules = {MODULES.get(package, package) for package in BOUNDS}
-    assert modules - {"tensorboard"} == set(PROBED) - {"xformers"}
+    assert modules - {"tensorboard", "tqdm"} == set(PROBED) - {"xformers"}
     assert all("<" in bound and ">=" in bound for bound in BOUNDS.values()), "each bound has two ends"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import generate as generate_script
 import tutorial_train
+from cldm import trainer as parts
 from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
 from cldm.generate import generate
@@ -33,7 +35,7 @@ DECODER = ("model.diffusion_model.output_blocks.", "model.diffusion_model.out.")
 # Of Cityscapes: label id and colour of road, car and sky.
 CLASSES = [(7, (128, 64, 128)), (26, (0, 0, 142)), (23, (70, 130, 180))]
 GAP = 4
-SILENT = {"build_callbacks": lambda config, grid: []}  # neither grids nor a bar
+SILENT = {"build_callbacks": lambda config, grid, saver: [saver]}  # neither grids nor a bar
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,10 +104,10 @@ class Recipe(NamedTuple):
             return model, saver
 
         with pytest.MonkeyPatch.context() as patch:
-            build = tutorial_train.build_model
-            patch.setattr(tutorial_train, "build_model", build_model)
+            build = parts.build_model
+            patch.setattr(parts, "build_model", build_model)
             for name, function in replaced.items():
-                patch.setattr(tutorial_train, name, function)
+                patch.setattr(parts, name, function)
             tutorial_train.main([*self.words, *words, "--default_root_dir", str(folder)])
         return Run(built[0], folder / "lightning_logs/version_0")
 
@@ -365,6 +367,41 @@ def test_what_was_reached_is_saved_once_when_a_run_breaks_off(
     assert path.name == "step=000001.safetensors"
     assert notes(path)["step"] == "1"
     assert all(tensor.isfinite().all() for tensor in tensors(path).values())
+
+
+def test_a_dry_run_is_one_step_with_its_grid_and_a_report(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="cldm.trainer"):
+        run = recipe.run(tmp_path, "--dry_run", "--max_steps", "500", "train.accumulate=2")
+    assert run.grids == ["step=000000.png", "step=000001.png"]
+    assert not (run.folder / "checkpoints").exists()
+    (said,) = [message for message in caplog.messages if message.startswith("dry run")]
+    trained = sum(p.numel() for p in run.model.control_model.parameters())
+    assert "500 steps at that speed" in said
+    assert f"a checkpoint takes {4 * trained / 2**30:.2f} GiB" in said
+    seconds = float(re.search(r"took ([\d.]+) s", said)[1])
+    peak = float(re.search(r"peak memory ([\d.]+) GiB", said)[1])
+    assert 0 < seconds < 60
+    assert 0.1 < peak < 24
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(recipe: Recipe, tmp_path: Path, precision: str) -> None:
+    norms: list[float] = []
+
+    class Norm(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: ControlLDM, *_: Any) -> None:
+            norms.append(
+                float(torch.nn.utils.get_total_norm([p.grad for p in module.trainable_parameters()]))
+            )
+
+    for clip in ("null", "1e-6"):
+        words = [f"train.precision={precision}", f"train.clip={clip}", "--max_steps", "1"]
+        recipe.run(tmp_path / clip, *words, build_callbacks=lambda config, grid, saver: [Norm()])
+    free, clipped = norms
+    assert free > 1e-4
+    assert clipped == pytest.approx(1e-6, rel=0.01)
 
 
 def test_wrong_weights_are_one_sentence(

@@ -1,0 +1,44 @@
+"""Lightning's loop for a stage of the Streets base: one device, steps in order, no checkpoints of its own."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset
+
+from cldm.progress import StepProgressBar
+from cldm.trainer import quiet_lightning
+
+
+def steps_from(batches: Dataset, first: int) -> DataLoader:
+    """The batches from number `first` on, as they are."""
+    return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))
+
+
+def build_stage_trainer(
+    steps: int, precision: str, clip: float, callbacks: Sequence[pl.Callback], **options: Any
+) -> pl.Trainer:
+    """A trainer for `steps` optimizer steps; into a file goes no progress bar.
+
+    clip  largest norm of the gradient; 0 is none
+    """
+    quiet_lightning()
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # cutting a crop needs none
+    bar = [StepProgressBar()] if sys.stderr.isatty() else []
+    return pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision=precision,
+        max_steps=steps,
+        gradient_clip_val=clip or None,
+        callbacks=[*callbacks, *bar],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=bool(bar),
+        **options,
+    )

@@ -1,0 +1,171 @@
+"""Settings of the stages that train the Streets base: a schema for each, filled from configs/ and overrides.
+
+Nothing here imports torch, so a mistake is answered before anything slow starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cldm.config import merge, parse_overrides, read_yaml
+
+PRECISIONS = ("32-true", "bf16-mixed")
+# What may differ between two slices of one run, because it changes no weight.
+NOT_OF_THE_RUN = (
+    "data.camera_root",
+    "data.game_root",
+    "data.val_frames",
+    "slice",
+)
+
+
+@dataclass
+class StageModelConfig:
+    """Which network."""
+
+    config: str = "models/cldm_streets.yaml"  # model file (YAML); the stage takes its part of it
+
+
+@dataclass
+class PhotosConfig:
+    """Photos of two rendered trees; no label map is read."""
+
+    camera_root: str = "data/streets"
+    game_root: str = "data/streets_game"
+    camera_frames: int = 4000  # of the training split
+    game_frames: int = 2000
+    val_frames: int = 20  # of each domain, for the figures
+    size: list[int] = field(default_factory=lambda: [128, 256])
+
+
+@dataclass
+class VAELossConfig:
+    """Fields of `ldm.models.autoencoder_training.LossWeights`."""
+
+    pixel: float = 1.0
+    square: float = 0.0
+    pyramid: float = 1.0
+    pyramid_levels: int = 3
+    edge: float = 1.0
+    kl: float = 1e-4
+
+
+@dataclass
+class VAETrainConfig:
+    """How the first stage is trained, and for how long in all."""
+
+    steps: int = 12_000  # optimizer steps of the whole run, whatever the slices
+    batch_size: int = 8  # crops of the first size
+    crop: list[int] = field(default_factory=lambda: [64, 64])
+    last_crop: list[int] = field(default_factory=lambda: [128, 128])
+    last_share: float = 0.25  # of the steps, on crops of the last size
+    lr: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest norm of the gradient
+    average: float = 0.999  # decay of the average of the weights
+    precision: str = "32-true"  # one of PRECISIONS
+    seed: int = 0
+
+
+@dataclass
+class SliceConfig:
+    """A slice: as much of a run as is done at once."""
+
+    folder: str = "output/streets/stage"  # state, log and pictures; the same folder continues
+    minutes: float = 30.0  # of training, then the slice ends
+    save_minutes: float = 5.0  # between two writings of the state
+    log_freq: int = 500  # optimizer steps between two figures with their picture
+    pictures: int = 6  # rows of a picture
+
+
+@dataclass
+class VAEStage:
+    """First stage: the autoencoder."""
+
+    model: StageModelConfig = field(default_factory=StageModelConfig)
+    data: PhotosConfig = field(default_factory=PhotosConfig)
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    train: VAETrainConfig = field(default_factory=VAETrainConfig)
+    slice: SliceConfig = field(default_factory=lambda: SliceConfig(folder="output/streets/vae"))
+
+
+VAE_AT_LEAST = {
+    "data.camera_frames": 0,
+    "data.game_frames": 0,
+    "data.val_frames": 1,
+    "loss.pixel": 0,
+    "loss.square": 0,
+    "loss.pyramid": 0,
+    "loss.pyramid_levels": 0,
+    "loss.edge": 0,
+    "loss.kl": 0,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.last_share": 0,
+    "train.warmup": 0,
+    "train.clip": 0,
+    "train.average": 0,
+    "train.seed": 0,
+    "slice.minutes": 0,
+    "slice.save_minutes": 0,
+    "slice.log_freq": 1,
+    "slice.pictures": 0,
+}
+
+
+def load_stage(schema: type, run_file: str | Path, overrides: Sequence[str]) -> DictConfig:
+    """Schema <- run file <- `overrides`; an unknown key is answered with the near one."""
+    merged = OmegaConf.structured(schema)
+    layers = [(read_yaml(Path(run_file)), str(run_file)), *parse_overrides(overrides)]
+    for layer, where in layers:
+        merged = merge(merged, layer, where)
+    return merged
+
+
+def check_at_least(config: DictConfig, least: Mapping[str, float]) -> None:
+    """Refuse numbers below their limit."""
+    for key, limit in least.items():
+        value = OmegaConf.select(config, key)
+        if not value >= limit:
+            raise ValueError(f"expected {key} of {limit} or more, found {value}")
+
+
+def check_vae_stage(config: DictConfig) -> None:
+    """Refuse numbers that no run of the first stage can have."""
+    check_at_least(config, VAE_AT_LEAST)
+    train, data = config.train, config.data
+    if data.camera_frames + data.game_frames == 0:
+        raise ValueError("expected photos to train on, found data.camera_frames=0 and data.game_frames=0")
+    if not train.lr > 0:
+        raise ValueError(f"expected train.lr above 0, found {train.lr}")
+    if train.last_share > 1 or train.average >= 1:
+        raise ValueError(
+            "expected train.last_share of at most 1 and train.average below 1, found"
+            f" {train.last_share} and {train.average}"
+        )
+    if train.precision not in PRECISIONS:
+        names = ", ".join(PRECISIONS)
+        raise ValueError(f"expected train.precision to be one of {names}, found {train.precision!r}")
+    step = 2 ** max(3, config.loss.pyramid_levels)  # the autoencoder halves three times
+    for key in ("data.size", "train.crop", "train.last_crop"):
+        size = OmegaConf.select(config, key)
+        if len(size) != 2 or any(side < step or side % step for side in size):
+            raise ValueError(f"expected {key}=[HEIGHT,WIDTH] in multiples of {step}, found {list(size)}")
+    for key in ("crop", "last_crop"):
+        if any(side > limit for side, limit in zip(train[key], data.size, strict=True)):
+            raise ValueError(f"expected train.{key} within {list(data.size)}, found {list(train[key])}")
+
+
+def identity_of(config: DictConfig) -> str:
+    """What makes a run the run that it is, as YAML: a slice with another identity cannot continue it."""
+    kept = config.copy()
+    for key in NOT_OF_THE_RUN:
+        section, _, name = key.partition(".")
+        if section in kept and (not name or name in kept[section]):
+            del (kept[section] if name else kept)[name or section]
+    return OmegaConf.to_yaml(kept)

@@ -1,0 +1,140 @@
+"""From the configuration of a run to the parts of its training: model, batches, callbacks, trainer."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, Dataset
+
+from cldm.cldm import ControlLDM
+from cldm.config import RANDOM
+from cldm.logger import ImageLogger, Samples
+from cldm.model import create_model, fast_precision, find_device, load_model_config, with_choices
+from cldm.progress import StepProgressBar, duration
+from cldm.saver import ControlCheckpoint
+from cldm.weights import base_of
+
+log = logging.getLogger(__name__)
+
+LIGHTNING_PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
+    """The model with its weights, and the callback that saves what is trained of it."""
+    recorded = with_choices(
+        load_model_config(config.model.config),
+        parameterization=config.model.parameterization,
+        only_mid_control=config.train.only_mid_control,
+    )
+    used = with_choices(recorded, attn_backend=config.model.attn_backend)  # a matter of the machine
+    start, base, carried = config.model.checkpoint, None, frozenset[str]()
+    if start == RANDOM:
+        model = create_model(used)
+    else:
+        model = create_model(used, start, config.model.base)
+        base, carried = base_of(start, config.model.base)
+    model.learning_rate = config.train.lr
+    model.sd_locked = config.train.sd_locked
+    notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
+    return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
+
+
+def build_loader(config: DictConfig, dataset: Dataset) -> DataLoader:
+    """Shuffled batches; a data set smaller than a batch is one batch."""
+    return DataLoader(
+        dataset,
+        batch_size=config.train.batch_size,
+        shuffle=True,
+        drop_last=len(dataset) >= config.train.batch_size,
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
+        pin_memory=find_device("auto").type == "cuda",
+    )
+
+
+def build_callbacks(config: DictConfig, grid: Samples, saver: pl.Callback) -> list[pl.Callback]:
+    """Checkpoints, sample grids and progress; a dry run writes no checkpoint and reports instead."""
+    settings = OmegaConf.to_object(config.sample)
+    images = ImageLogger(config.train.logger_freq, config.train.grid_images, samples=grid, settings=settings)
+    last = DryRunReport(config.train.max_steps) if config.train.dry_run else saver
+    return [images, StepProgressBar(), last]
+
+
+def build_trainer(config: DictConfig, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+    """Lightning's loop over optimizer steps."""
+    quiet_lightning()
+    gpus = list(config.train.gpus or ())
+    device = find_device("auto")
+    if device.type == "cpu":
+        log.warning("no GPU found: training on the CPU")
+    elif gpus:
+        device = min((find_device(f"cuda:{gpu}") for gpu in gpus), key=torch.cuda.get_device_capability)
+    fast = LIGHTNING_PRECISIONS[fast_precision(device)]
+    return pl.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1 if device.type == "cpu" else gpus or "auto",
+        precision=fast if config.train.precision == "auto" else config.train.precision,
+        max_steps=1 if config.train.dry_run else config.train.max_steps,
+        accumulate_grad_batches=config.train.accumulate,
+        gradient_clip_val=config.train.clip,
+        callbacks=list(callbacks),
+        logger=TensorBoardLogger(config.train.default_root_dir),
+        default_root_dir=config.train.default_root_dir,
+        log_every_n_steps=10,
+        enable_checkpointing=False,  # ControlCheckpoint writes them
+        enable_model_summary=False,
+    )
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says of every run here: that frozen modules are in eval mode, and its tips."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (r"Found \d+ module\(s\) in eval mode", "The number of training batches", "`isinstance"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+class DryRunReport(pl.Callback):
+    """Says after one optimizer step what the whole run would take: time, memory, disk."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock at the first batch of the step, behind the sample grid."""
+        self.start = getattr(self, "start", time.monotonic())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Report when the step is done."""
+        if trainer.global_step < 1:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        seconds = time.monotonic() - self.start
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        log.info(
+            "dry run: the first step took %.1f s (%d steps at that speed: %s), peak memory %.1f GiB, "
+            "a checkpoint takes %.2f GiB",
+            seconds,
+            self.max_steps,
+            duration(seconds * self.max_steps),
+            peak_memory(pl_module.device) / 2**30,
+            4 * trained / 2**30,
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at most: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
