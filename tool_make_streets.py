@@ -11,10 +11,10 @@ into the same folder, where it shows the same scenes. Train and val never share 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cldm.cli import refuse
 from datasets.streets import CONDITIONS, DOMAINS
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         make_tree(args.out, plan, workers=args.workers)
     except ValueError as error:
-        sys.exit(f"tool_make_streets.py: {error}")
+        refuse(str(error))
     print(f"{args.train} frames of train and {args.val} of val are in {args.out}")
 
 

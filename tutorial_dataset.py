@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from cldm.cli import refuse
 from datasets.fill50k import Fill50kDataset
 
 
@@ -29,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         dataset = MyDataset(args.root)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    if not 0 <= args.index < len(dataset):
-        raise SystemExit(f"--index {args.index}: expected 0..{len(dataset) - 1}, for {len(dataset)} items.")
-    item = dataset[args.index]
+        if not 0 <= args.index < len(dataset):
+            raise ValueError(f"expected --index in 0..{len(dataset) - 1}, found {args.index}")
+        item = dataset[args.index]
+    except (ValueError, OSError) as error:
+        refuse(str(error))
     print(f"{len(dataset)} items; item {args.index} is {item['key']}: {item['txt']}")
     for name in ("jpg", "hint"):
         array = item[name]

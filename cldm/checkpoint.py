@@ -94,7 +94,7 @@ def to_model_keys(state: Mapping[str, Value], *, ema: bool = False) -> dict[str,
     dropped = Counter(_stale_group(key) for key in renamed)
     kept = {key: value for key, value in renamed.items() if not _stale_group(key)}
     del dropped[""]
-    if dropped:
+    if set(dropped) - {"position_ids"}:  # those are in every SD1.5 file and nobody's loss
         groups = ", ".join(f"{count} {group}" for group, count in sorted(dropped.items()))
         log.info("left out of the weights: %s", groups)
     return _with_ema(kept, renamed) if ema else kept

@@ -319,5 +319,5 @@ def advise_precision(gpus: list[dict[str, Any]], cpu_flags: list[str]) -> str:
             return "bf16-mixed: every GPU has compute capability 8.0 or newer"
         return "16-mixed (fp16 with a gradient scaler): bf16 is slow below compute capability 8.0"
     if "amx_bf16" in cpu_flags:
-        return "bf16-mixed for SD1.5 and SD2.1 (this CPU has AMX); 32-true for Streets, which gains nothing"
+        return "32-true is what auto takes; bf16-mixed is faster for SD1.5 and SD2.1 (AMX), not for Streets"
     return "32-true: no GPU, and a CPU without AMX is slower in bf16"

@@ -324,10 +324,16 @@ def test_the_tutorial_script_shows_an_item(
     shown = capsys.readouterr().out
     assert "circle 1" in shown
     assert "jpg (64, 64, 3) float32" in shown
-    with pytest.raises(SystemExit, match=r"expected 0\.\.1"):
-        tutorial_dataset.main(["--root", str(fill50k), "--index", "2"])
-    with pytest.raises(SystemExit, match=r"prompt\.json"):
-        tutorial_dataset.main(["--root", str(tmp_path / "none")])
+    (fill50k / "source/0.png").unlink()
+    for words, said in (
+        (["--root", str(fill50k), "--index", "2"], "expected --index in 0..1"),
+        (["--root", str(tmp_path / "none")], "prompt.json"),
+        (["--root", str(fill50k), "--index", "0"], "source/0.png"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            tutorial_dataset.main(words)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_registry_makes_data_sets_by_name(root: Path, fill50k: Path) -> None:
