@@ -19,6 +19,7 @@ from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
+Shapes = dict[str, tuple[int, ...]]
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 MODEL_FILES = {
@@ -139,13 +140,23 @@ def load_weights(model: ControlLDM, state: Mapping[str, Tensor], where: str) -> 
     """
     report = match_keys(shapes_of(model.state_dict()), shapes_of(state))
     if not report.ok:
-        raise CheckpointError(
-            f"{where} does not fit the model: {report.sentence()}; pass the model file it belongs to"
-        )
+        kinds = name_mismatch(shapes_of(model.state_dict()), shapes_of(state), where)
+        raise CheckpointError(f"{where} does not fit the model{kinds}: {report.sentence()}")
     check_schedule(model.alphas_cumprod, state, where)
     schedule = {key: value for key, value in model.state_dict().items() if key in SCHEDULE_KEYS}
     weights = {key: value.float() for key, value in state.items() if key not in SCHEDULE_KEYS}
     model.load_state_dict({**weights, **schedule}, assign=True)
+
+
+def name_mismatch(expected: Shapes, found: Shapes, where: str) -> str:
+    """Say what a file is and what the model is, if they are of two architectures."""
+    try:
+        theirs, ours = detect_architecture(found, where), detect_architecture(expected, "the model file")
+    except CheckpointError as error:
+        return f" ({error})"
+    if theirs == ours:
+        return ""
+    return f" (it is {theirs}, the model is {ours}; {MODEL_FILES[theirs]} is the model file of {theirs})"
 
 
 def check_schedule(ours: Tensor, state: Mapping[str, Tensor], where: str) -> None:
@@ -160,6 +171,6 @@ def check_schedule(ours: Tensor, state: Mapping[str, Tensor], where: str) -> Non
         )
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     """Shape of every tensor by name."""
     return {key: tuple(value.shape) for key, value in state.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from oracles import randomize
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
-from cldm.model import create_model, load_model_config, load_state_dict, model_config_of
+from cldm.model import create_model, load_model_config, load_state_dict, load_weights, model_config_of
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes, find_base, read_weights
@@ -228,6 +229,16 @@ def test_a_schedule_of_another_length_is_refused(
 ) -> None:
     short = {key: value[:500] if key in SCHEDULE else value for key, value in state.items()}
     assert "expected (1000,) found (500,)" in refusal(tiny_yaml, short, tmp_path)
+
+
+def test_sd21_weights_for_an_sd15_model_are_named() -> None:
+    lines = (GOLDEN / "keys_sd21.tsv").read_text().splitlines()
+    shapes = dict(line.split("\t") for line in lines)
+    weights = {key: torch.zeros(()).expand(json.loads(shape)) for key, shape in shapes.items()}
+    with torch.device("meta"):
+        model = create_model(GOLDEN.parents[1] / "models/cldm_v15.yaml")
+    with pytest.raises(CheckpointError, match=r"it is sd21, the model is sd15; models/cldm_v21\.yaml is"):
+        load_weights(model, weights, "v2-1.ckpt")
 
 
 @pytest.mark.parametrize("text", ["data: 3", "- a\n- b", "model: {params: {}}"])
