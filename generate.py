@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import SAMPLER_NAMES, SampleConfig, check_sample
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
-from datasets.hints import HINT_TYPES, find_hints, read_hint
+from datasets.hints import HINT_TYPES, find_caption, find_hints, read_hint
 from datasets.label_space import LabelSpace, read_image
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of a hint's first image; the next count up")
     how = parser.add_argument_group("how", "if not given, as the training run sampled, else the default")
     add = how.add_argument
-    add("--prompt", help="(default: empty)")
+    add("--prompt", help="by default the caption of the hint's frame, if the data set has captions")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of the hint)")
     default = SampleConfig()
     for name, text in SAMPLE_FLAGS.items():
@@ -114,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sample = fill_from_run(args)
         jobs = list(plan_jobs(args, sample))
         todo = [job for job in jobs if not is_done(job, args.overwrite)]
-        log.info(
-            "%d images, %d of them there already; prompt: %s", len(jobs), len(jobs) - len(todo), args.prompt
-        )
+        prompt = jobs[0].settings["prompt"]
+        log.info("%d images, %d there already; first prompt: %s", len(jobs), len(jobs) - len(todo), prompt)
         read = hint_reader(args)
         # All of them first: a bad one is named before an image is made.
         sizes = {path: read(path).shape for path in dict.fromkeys(job.hint for job in jobs)}
@@ -131,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     """How to sample: as given, else as the training run of the checkpoint did, else by default.
 
-    Prompt and size are filled in alike.
+    The size is filled in alike; the prompt too, where a hint has no caption of its own.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -139,7 +138,7 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     from cldm.weights import recorded_yaml
 
     run = recorded_yaml(args.ckpt, "run_config") or OmegaConf.create()
-    args.prompt = OmegaConf.select(run, "data.prompt") or "" if args.prompt is None else args.prompt
+    args.run_prompt = OmegaConf.select(run, "data.prompt")
     args.size = tuple(args.size or OmegaConf.select(run, "data.size") or ()) or None
     names = [field.name for field in fields(SampleConfig)]
     recorded = {name: OmegaConf.select(run, f"sample.{name}") for name in names}
@@ -159,7 +158,6 @@ def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
 
     settings = {
         **asdict(sample),
-        "prompt": args.prompt,
         "size": args.size and list(args.size),
         "hint_type": args.hint_type,
         "palette": args.palette,
@@ -172,11 +170,14 @@ def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
     }
     root = args.hint if args.hint.is_dir() else args.hint.parent
     taken: dict[Path, Path] = {}
-    for hint in find_hints(args.hint):
+    for hint in find_hints(args.hint, args.hint_type):
         stem = args.out / hint.relative_to(root).with_suffix("")
         if taken.setdefault(stem, hint) != hint:
             raise ValueError(f"{taken[stem]} and {hint} would be written under one name; rename one of them")
-        mark = {"hint": hint.name, "hint_fingerprint": fingerprint(hint)}
+        prompt = next(
+            text for text in (args.prompt, find_caption(hint), args.run_prompt, "") if text is not None
+        )
+        mark = {"hint": hint.name, "hint_fingerprint": fingerprint(hint), "prompt": prompt}
         for seed in range(args.seed, args.seed + args.num):
             target = stem.with_name(f"{stem.name}_seed{seed}.png")
             yield Job(hint, target, seed, {**settings, **mark, "seed": seed})
@@ -234,7 +235,8 @@ def run_jobs(
     with tqdm(total=sum(map(len, batches)), unit="image") as bar:
         for batch in batches:
             hints = torch.from_numpy(np.stack([read(job.hint) for job in batch])).permute(0, 3, 1, 2) / 255
-            images = generate(model, hints, [args.prompt] * len(batch), [job.seed for job in batch], sample)
+            prompts = [job.settings["prompt"] for job in batch]
+            images = generate(model, hints, prompts, [job.seed for job in batch], sample)
             for job, image in zip(batch, images.numpy(), strict=True):
                 job.target.parent.mkdir(parents=True, exist_ok=True)
                 write_png(job.target, image, job.settings)

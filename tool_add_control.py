@@ -12,6 +12,7 @@ are told apart by their tensors. OUT is safetensors, or a torch file when its na
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(sources))
     print(
         f"wrote {args.target}\n"
-        f"train from it: python tutorial_train.py --dataset NAME --resume_path {args.target}"
+        "train from it: python tutorial_train.py --dataset NAME "
+        f"--resume_path {shlex.quote(str(args.target))}"
     )
 
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = Plan(args.domain, tuple(args.conditions), tuple(args.size), args.train, args.val, args.seed)
     try:
         make_tree(args.out, plan, workers=args.workers)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refuse(str(error))
     print(f"{args.train} frames of train and {args.val} of val are in {args.out}")
 

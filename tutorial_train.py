@@ -24,7 +24,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory, refuse
-from cldm.config import RANDOM, check_run, load_run_config
+from cldm.config import RANDOM, check_run, load_run_config, project_path
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
 log = logging.getLogger("tutorial_train")
@@ -41,6 +41,7 @@ FLAGS = {
     "sd_locked": "train.sd_locked",
 }
 
+OTHER_SUFFIX = {".safetensors": ".ckpt", ".ckpt": ".safetensors"}
 OBTAIN_WEIGHTS = """\
   SD 1.5: v1-5-pruned.safetensors of huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
   SD 2.1: v2-1_512-ema-pruned.safetensors of huggingface.co/stabilityai/stable-diffusion-2-1-base
@@ -64,7 +65,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default=None, help="run file or model file (YAML)")
     parser.add_argument("--batch_size", type=int, help="samples of a batch on one device")
     parser.add_argument("--default_root_dir", help="folder that the run writes into")
-    parser.add_argument("--gpus", type=int, nargs="+", help="GPU ids; absent means automatic")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", help="GPU ids, the last flag before key=value is another; absent: all"
+    )
     parser.add_argument("--logger_freq", type=int, help="optimizer steps between two sample grids")
     parser.add_argument("--max_steps", type=int, help="optimizer steps")
     parser.add_argument("--resume_path", help="weights to start from (no optimizer state); 'random' for none")
@@ -95,10 +98,13 @@ def resolve(args: argparse.Namespace) -> DictConfig:
 
 
 def find_weights(name: str) -> Path:
-    """The weights, under the name that was given or as the other of .safetensors and .ckpt."""
+    """The weights, under the name that was given or, said aloud, as the other of .safetensors and .ckpt."""
     path = Path(name)
-    other = path.with_suffix(".ckpt" if path.suffix == ".safetensors" else ".safetensors")
-    return other if name != RANDOM and not path.exists() and other.exists() else path
+    other = path.with_suffix(OTHER_SUFFIX.get(path.suffix, path.suffix)) if path.name else path
+    if path.exists() or not other.exists():
+        return path
+    log.warning("%s is not there; using %s", path, other)
+    return other
 
 
 def find_missing(config: DictConfig) -> list[str]:
@@ -108,7 +114,7 @@ def find_missing(config: DictConfig) -> list[str]:
     missing = [f"{path} is missing" for path in lacking]
     if missing:
         missing.append(f"  the data set is obtained from {entry.source}; its folder is data.root=DIR")
-    if not Path(config.model.config).exists():
+    if not project_path(config.model.config).exists():
         missing.append(f"{config.model.config} is missing: the model file (YAML), named by --config")
     if config.model.checkpoint != RANDOM and not Path(config.model.checkpoint).exists():
         missing.append(
@@ -141,7 +147,7 @@ def make_missing_data(config: DictConfig) -> None:
     if entry.prepare and missing_paths(config.data.name, config.data.root):
         try:
             entry.make(config.data.root, size=config.data.size and tuple(config.data.size))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             refuse(str(error))
 
 
@@ -154,6 +160,7 @@ def train(config: DictConfig) -> None:
     keep_freed_memory()
     pl.seed_everything(config.train.seed, verbose=False)
     try:
+        Path(config.train.default_root_dir).mkdir(parents=True, exist_ok=True)
         dataset = create_dataset(config.data.name, **dataset_options(config))
         for name in ("size", "prompt"):  # recorded in checkpoints, so that sampling knows them
             if config.data[name] is None:
@@ -161,7 +168,7 @@ def train(config: DictConfig) -> None:
         model, saver = build_model(config)
         loader = build_loader(config, dataset)
         trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         refuse(str(error))
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     log.info("%d samples of %s, %d trained parameters", len(dataset), dataset.root, trained)

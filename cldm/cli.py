@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     """
     if sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Older glibc takes 32 MiB at most. A trim threshold alone would freeze the other one at its small start.
+    if mallopt and any(mallopt(M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25)):
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

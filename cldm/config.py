@@ -6,6 +6,7 @@ Nothing here imports torch, so a mistake is answered before anything slow starts
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+PROJECT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
@@ -30,6 +32,7 @@ AT_LEAST = {
     "train.clip": 0,
     "train.seed": 0,
 }
+MAX_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass
@@ -113,7 +116,7 @@ def load_run_config(dataset: str | None, config: str | Path | None, overrides: S
         ValueError         an unknown key, with the near one, or a value of another type
         FileNotFoundError  a file that is not there
     """
-    run_file, model_file = Path("configs") / f"{dataset or DataConfig.name}.yaml", None
+    run_file, model_file = project_path(f"configs/{dataset or DataConfig.name}.yaml"), None
     if config is not None:
         content = read_yaml(Path(config))
         is_model_file = "target" in (content.get("model") or {})
@@ -133,6 +136,8 @@ def check_run(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= least:
             raise ValueError(f"expected {key} of {least} or more, found {value}")
+    if config.train.seed > MAX_SEED:
+        raise ValueError(f"expected train.seed of {MAX_SEED} or less, found {config.train.seed}")
     if not config.train.lr > 0:
         raise ValueError(f"expected train.lr above 0, found {config.train.lr}")
     size = config.data.size
@@ -150,8 +155,17 @@ def check_sample(sample: SampleConfig | DictConfig) -> None:
         raise ValueError(f"unknown sampler {sample.sampler!r}; choose one of {', '.join(SAMPLER_NAMES)}")
     if not 1 <= sample.steps <= MAX_STEPS:
         raise ValueError(f"expected 1 to {MAX_STEPS} sampling steps, found {sample.steps}")
+    for name in ("scale", "strength"):
+        if not math.isfinite(sample[name] if isinstance(sample, DictConfig) else getattr(sample, name)):
+            raise ValueError(f"expected a finite {name}, found {getattr(sample, name)}")
     if not 0 <= sample.eta <= 1:
         raise ValueError(f"expected eta in 0..1, found {sample.eta}")
+
+
+def project_path(name: str | Path) -> Path:
+    """A path as it is given or, if nothing is there, below the folder of the project."""
+    path, ours = Path(name), PROJECT / name
+    return ours if not path.exists() and ours.exists() else path
 
 
 def read_yaml(path: Path) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cldm.checkpoint import SCHEDULE_KEYS, detect_architecture, match_keys, to_model_keys
 from cldm.cldm import ControlLDM
-from cldm.config import read_yaml
+from cldm.config import project_path, read_yaml
 from cldm.tensor_files import CheckpointError, read_shapes, read_tensors
 from cldm.weights import read_weights, recorded_yaml
 from ldm.util import instantiate_from_config
@@ -58,10 +58,10 @@ def place(model: ControlLDM, device: str = "auto", precision: str = "auto") -> C
     precision  one of PRECISIONS, or auto: see `fast_precision`
     """
     target = find_device(device)
-    model.to(target)
+    dtype = PRECISIONS[fast_precision(target) if precision == "auto" else precision]
     for network in (model.model, model.control_model, model.cond_stage_model):
-        network.to(PRECISIONS[fast_precision(target) if precision == "auto" else precision])
-    return model.eval()
+        network.to(dtype)  # before the move: a GPU need not hold them in float32
+    return model.to(target).eval()
 
 
 def find_device(name: str) -> torch.device:
@@ -85,11 +85,12 @@ def fast_precision(device: torch.device) -> str:
 
 def load_model_config(path: str | Path) -> DictConfig:
     """Read a model YAML file; refuse another kind of file in a sentence."""
-    if not Path(path).is_file():
+    path = project_path(path)
+    if not path.is_file():
         raise FileNotFoundError(
             f"expected a model YAML file such as {MODEL_FILES['sd15']}, found nothing at {path}"
         )
-    return check_model_config(read_yaml(Path(path)), str(path))
+    return check_model_config(read_yaml(path), str(path))
 
 
 def check_model_config(config: DictConfig, where: str) -> DictConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class ControlCheckpoint(pl.Callback):
             notes |= base_notes(self.base, beside=self.folder)
         write_tensors(path, self.tensors(model), notes)
         self.last_step = step
-        log.info("wrote %s; sample from it: python generate.py --ckpt %s --hint MAPS --out OUT", path, path)
+        command = f"python generate.py --ckpt {shlex.quote(str(path))} --hint MAPS --out OUT"
+        log.info("wrote %s; sample from it: %s", path, command)
 
     def tensors(self, model: ControlLDM) -> dict[str, Tensor]:
         """What belongs into the file."""

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
+PIECES, PIECE_BYTES = 64, 1 << 16  # of a fingerprint
 EXPECTED = "expected a safetensors file or a torch checkpoint of tensors"
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
@@ -120,13 +121,16 @@ def sha256_of(path: str | Path) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Tell files apart at once, whatever their size: SHA-256 of the length, the first and the last MiB."""
+    """Tell files apart at once, whatever their size: SHA-256 of the length and of 64 pieces of 64 KiB.
+
+    The pieces are spread evenly from the first to the last byte, so every part of a model is in some of them.
+    """
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with Path(path).open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        digest.update(file.read())
+        for i in range(PIECES):
+            file.seek(max(0, size - PIECE_BYTES) * i // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()[:16]
 
 

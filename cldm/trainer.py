@@ -62,12 +62,13 @@ def build_loader(config: DictConfig, dataset: Dataset) -> DataLoader:
     )
 
 
-def build_callbacks(config: DictConfig, grid: Samples, saver: pl.Callback) -> list[pl.Callback]:
+def build_callbacks(config: DictConfig, grid: Samples, saver: ControlCheckpoint) -> list[pl.Callback]:
     """Checkpoints, sample grids and progress; a dry run writes no checkpoint and reports instead."""
     settings = OmegaConf.to_object(config.sample)
     images = ImageLogger(config.train.logger_freq, config.train.grid_images, samples=grid, settings=settings)
-    last = DryRunReport(config.train.max_steps) if config.train.dry_run else saver
-    return [images, StepProgressBar(), last]
+    if config.train.dry_run:
+        return [images, DryRunReport(config.train.max_steps, saver)]
+    return [images, StepProgressBar(), saver]
 
 
 def build_trainer(config: DictConfig, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
@@ -106,8 +107,9 @@ def quiet_lightning() -> None:
 class DryRunReport(pl.Callback):
     """Says after one optimizer step what the whole run would take: time, memory, disk."""
 
-    def __init__(self, max_steps: int) -> None:
+    def __init__(self, max_steps: int, saver: ControlCheckpoint) -> None:
         self.max_steps = max_steps
+        self.saver = saver
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock at the first batch of the step, behind the sample grid."""
@@ -120,7 +122,7 @@ class DryRunReport(pl.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         seconds = time.monotonic() - self.start
-        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        checkpoint = sum(tensor.nbytes for tensor in self.saver.tensors(pl_module).values())
         log.info(
             "dry run: the first step took %.1f s (%d steps at that speed: %s), peak memory %.1f GiB, "
             "a checkpoint takes %.2f GiB",
@@ -128,7 +130,7 @@ class DryRunReport(pl.Callback):
             self.max_steps,
             duration(seconds * self.max_steps),
             peak_memory(pl_module.device) / 2**30,
-            4 * trained / 2**30,
+            checkpoint / 2**30,
         )
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cldm.checkpoint import parts, to_model_keys
+from cldm.config import project_path
 from cldm.tensor_files import (
     CheckpointError,
     fingerprint,
@@ -75,10 +76,10 @@ def find_base(checkpoint: str | Path) -> Path:
         raise CheckpointError(
             f"{checkpoint} holds a control branch and no record of its base; name the base with --base FILE"
         )
-    recorded = Path(checkpoint).parent / notes["base"]
+    recorded = Path(checkpoint).resolve().parent / notes["base"]
     if recorded.is_file() and fingerprint(recorded) == notes["base_fingerprint"]:
         return recorded
-    for candidate in sorted(path for path in Path("models").glob("*") if path.is_file()):
+    for candidate in sorted(path for path in project_path("models").glob("*") if path.is_file()):
         same = fingerprint(candidate) == notes["base_fingerprint"]
         if same and sha256_of(candidate) == notes["base_sha256"]:
             return candidate

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,15 @@ from datasets.label_space import Ids, LabelSpace, Size, is_colour_map, read_imag
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
-FRAME_MAPS = ("labelIds", "labelTrainIds", "color")
+CAPTIONS = "captions.json"
+LABEL_MAPS = ("labelIds", "labelTrainIds", "color")
+FRAME_MAPS = {  # by hint type: which of a frame's maps is taken
+    "auto": LABEL_MAPS,
+    "label_ids": LABEL_MAPS,
+    "train_ids": ("labelTrainIds", "labelIds", "color"),
+    "colours": ("color", "labelIds", "labelTrainIds"),
+    "image": ("color", "labelIds", "labelTrainIds"),
+}
 INSTANCE_MAPS = ("instanceIds", "instanceTrainIds")
 
 READERS: dict[str, Callable[[Path, LabelSpace], Ids]] = {
@@ -24,7 +34,7 @@ READERS: dict[str, Callable[[Path, LabelSpace], Ids]] = {
 HINT_TYPES = ("auto", *READERS, "image")
 
 
-def find_hints(path: Path) -> list[Path]:
+def find_hints(path: Path, kind: str = "auto") -> list[Path]:
     """The file itself, or the maps of a folder and its subfolders by name, one for each frame."""
     if path.is_file():
         return [path]
@@ -33,23 +43,39 @@ def find_hints(path: Path) -> list[Path]:
     ]
     if not pictures:
         raise FileNotFoundError(f"{path}: expected a hint or a folder of hints, found no picture there")
-    return one_a_frame(pictures)
+    return one_a_frame(pictures, FRAME_MAPS[kind])
 
 
-def one_a_frame(paths: list[Path]) -> list[Path]:
-    """Of the maps that a Cityscapes tree has of a frame the first of FRAME_MAPS, and no instance maps."""
+def one_a_frame(paths: list[Path], preferred: tuple[str, ...]) -> list[Path]:
+    """Of the maps that a Cityscapes tree has of a frame the first of `preferred`, and no instance maps."""
     frames: dict[Path, list[Path]] = {}
     for path in paths:
         frame, _, kind = path.stem.rpartition("_")
         if kind not in INSTANCE_MAPS:
-            frames.setdefault(path.with_name(frame) if kind in FRAME_MAPS else path, []).append(path)
-    return sorted(min(maps, key=frame_rank) for maps in frames.values())
+            frames.setdefault(path.with_name(frame) if kind in preferred else path, []).append(path)
+    return sorted(min(maps, key=lambda p: rank(p, preferred)) for maps in frames.values())
 
 
-def frame_rank(path: Path) -> int:
-    """Position of a map's kind in FRAME_MAPS."""
+def rank(path: Path, preferred: tuple[str, ...]) -> int:
+    """Position of a map's kind in `preferred`."""
     kind = path.stem.rpartition("_")[2]
-    return FRAME_MAPS.index(kind) if kind in FRAME_MAPS else 0
+    return preferred.index(kind) if kind in preferred else 0
+
+
+def find_caption(path: Path) -> str | None:
+    """The caption of a map's frame, where a data set above it has them in `captions.json` by stem."""
+    stem = path.stem.partition("_gtFine")[0]
+    for folder in list(path.resolve().parents)[:4]:
+        if (folder / CAPTIONS).is_file():
+            return read_captions(folder / CAPTIONS).get(stem)
+    return None
+
+
+@lru_cache(maxsize=4)
+def read_captions(path: Path) -> dict[str, str]:
+    """Caption by stem."""
+    captions = json.loads(path.read_text(encoding="utf-8"))
+    return captions if isinstance(captions, dict) else {}
 
 
 def detect_hint_type(path: Path) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import cldm.cli
+
 if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
 
@@ -23,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(OFFLINE)
     # The tiny models gain nothing from a second thread, and lose ten times over where cores are shared.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # It lasts as long as the process, and tests that measure memory share this one with those of the scripts.
+    cldm.cli.keep_freed_memory = lambda: None
 
 
 @pytest.fixture(scope="session")

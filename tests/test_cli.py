@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from house import flags_in, help_of, parse, run_script, scripts
+from house import ROOT, flags_in, help_of, parse, run_script, scripts
 
 # The flags that users have in their fingers. A new flag is a new entry here, in the same change.
 FLAGS = {
@@ -29,6 +31,7 @@ FLAGS = {
     "tool_make_streets.py": {
         *("--domain", "--conditions", "--size", "--train", "--val", "--out", "--seed", "--workers"),
     },
+    "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
     "tutorial_dataset.py": {"--root", "--index"},
     "tutorial_train.py": {
         *(
@@ -187,3 +190,27 @@ sampling:
 
 def test_flags_are_read_from_the_option_lines_only() -> None:
     assert flags_in(PAGE) == {"-h", "--help", "--sd_locked", "--no-sd_locked", "-s", "--seed", "--eta"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the switch")
+def test_memory_that_is_freed_stays_with_the_process() -> None:
+    program = """
+import sys
+from cldm.cli import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = resident()
+taken = bytearray(b"x" * (100 << 20))
+del taken
+print(resident() - before)
+"""
+    grown = {}
+    for mode in ("kept", "given back"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, mode], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        grown[mode] = float(done.stdout)
+    assert grown["kept"] > 90
+    assert grown["given back"] < 20

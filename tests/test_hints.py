@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.hints import HINT_TYPES, detect_hint_type, find_hints, read_hint
+from datasets.hints import HINT_TYPES, detect_hint_type, find_caption, find_hints, read_hint
 from datasets.label_space import PALETTES, LabelSpace
 
 SPACE = LabelSpace.load("cityscapes")
@@ -186,3 +187,26 @@ def test_real_gta_maps_are_read_as_train_ids(real_data: Path) -> None:
         COLOURS[int(i)] for i in np.unique(ids)
     }
     assert len(np.unique(ids)) > 5
+
+
+def test_the_kind_of_hint_decides_which_map_of_a_frame_is_taken(tmp_path: Path) -> None:
+    for kind in ("labelIds", "labelTrainIds", "color", "instanceIds"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / f"a_gtFine_{kind}.png")
+    taken = {
+        kind: [path.stem.rpartition("_")[2] for path in find_hints(tmp_path, kind)] for kind in HINT_TYPES
+    }
+    assert taken == {
+        "auto": ["labelIds"],
+        "label_ids": ["labelIds"],
+        "train_ids": ["labelTrainIds"],
+        "colours": ["color"],
+        "image": ["color"],
+    }
+
+
+def test_a_caption_is_found_above_the_map_by_the_name_of_its_frame(tmp_path: Path) -> None:
+    (tmp_path / "captions.json").write_text(json.dumps({"a_1": "a wet street"}), encoding="utf-8")
+    folder = tmp_path / "gtFine/val/city"
+    assert find_caption(folder / "a_1_gtFine_labelIds.png") == "a wet street"
+    assert find_caption(folder / "a_2_gtFine_labelIds.png") is None
+    assert find_caption(tmp_path.parent / "a_1_gtFine_labelIds.png") is None

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets.base import LabelSample, Sample
 from datasets.cityscapes import CityscapesDataset
 from datasets.label_space import Size
-from datasets.streets.tree import CAPTIONS
+from datasets.streets.tree import CAPTIONS, CARD
 
 
 class StreetsDataset(CityscapesDataset):
@@ -24,6 +24,7 @@ class StreetsDataset(CityscapesDataset):
         prompt: str | None = None,
     ) -> None:
         """Pair the photos and maps of `split`; a `prompt` replaces the captions of all frames."""
+        check_rendered_size(Path(root), size)
         super().__init__(root, split, size=size, prompt=prompt or "")
         self.captions = {} if prompt else read_captions(self.root)
 
@@ -48,6 +49,18 @@ class StreetsDataset(CityscapesDataset):
         for sample in samples:
             sample["txt"] = captions.get(sample["key"], sample["txt"])
         return samples
+
+
+def check_rendered_size(root: Path, size: Size) -> None:
+    """Refuse to enlarge frames: they can be rendered at any size."""
+    if not (root / CARD).is_file():
+        return
+    rendered = json.loads((root / CARD).read_text(encoding="utf-8"))["size"]
+    if size[0] > rendered[0] or size[1] > rendered[1]:
+        raise ValueError(
+            f"{root} was rendered at {rendered[0]}x{rendered[1]}, below the {size[0]}x{size[1]} asked for; "
+            f"render another folder: python tool_make_streets.py --size {size[0]} {size[1]} --out DIR"
+        )
 
 
 def read_captions(root: Path) -> dict[str, str]:

@@ -133,6 +133,10 @@ def _check_card(root: Path, size: Size) -> None:
                 f" {size[0]}x{size[1]}, found {found}; choose another folder or remove this one."
             )
         return
+    if any((root / folder).exists() for folder in ("leftImg8bit", "gtFine")):
+        raise ValueError(
+            f"{root} holds frames that were not rendered here; choose another folder, --out or data.root"
+        )
     root.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(card) + "\n").encode())
 
