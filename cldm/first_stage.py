@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ldm.models.autoencoder_training import (
     AutoencoderTraining,
     LossWeights,
     frame_psnr,
+    principal_code,
     standardise_latents,
     to_images,
 )
@@ -34,6 +35,7 @@ from ldm.util import instantiate_from_config
 log = logging.getLogger(__name__)
 
 PREFIX = "first_stage_model."
+GUIDE_FRAMES = 200  # of the training photos, for the best linear code of their blocks
 CHUNK = 8  # frames at once, where no gradient is needed
 
 
@@ -79,11 +81,8 @@ class Reconstructions(pl.Callback):
         with self.running.average.applied(network):
             pictures, figures = reconstruct(network, self.frames)
         times = {"cpu_hours": progress.cpu_seconds / 3600, "wall_hours": progress.wall_seconds / 3600}
-        self.last = {
-            "step": progress.step,
-            **{k: round(v, 4) for k, v in (figures | times).items()},
-            **losses,
-        }
+        numbers = {**losses, **figures, **times}
+        self.last = {"step": progress.step, **{name: round(float(v), 4) for name, v in numbers.items()}}
         log.info("%s", json.dumps(self.last))
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.last) + "\n")
@@ -94,11 +93,17 @@ class Reconstructions(pl.Callback):
             write_png(target, sheet([[self.frames[i], pictures[i]] for i in rows]), self.last)
 
 
-def build_training(config: DictConfig, model_file: DictConfig) -> AutoencoderTraining:
-    """The first stage of a model file, to be trained under the settings of a `VAEStage`."""
+def build_training(config: DictConfig, model_file: DictConfig, photos: Rgb) -> AutoencoderTraining:
+    """The first stage of a model file, to be trained under the settings of a `VAEStage` on `photos`."""
     params = OmegaConf.to_container(model_file.model.params.first_stage_config, resolve=True)
-    settings = {name: config.train[name] for name in ("lr", "warmup", "steps", "seed", "weight_decay")}
-    return AutoencoderTraining(instantiate_from_config(params), LossWeights(**config.loss), **settings)
+    network = instantiate_from_config(params)
+    names = ("lr", "warmup", "steps", "seed", "weight_decay", "clip", "start_logvar", "guide_steps")
+    settings = {name: config.train[name] for name in names}
+    some = photos[spread(len(photos), GUIDE_FRAMES)]
+    guide = (
+        principal_code(some, network.embed_dim, network.downsampling) if config.train.guide_steps else None
+    )
+    return AutoencoderTraining(network, LossWeights(**config.loss), guide=guide, **settings)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -138,7 +143,7 @@ def reconstruct(autoencoder: AutoencoderKL, frames: Rgb) -> tuple[NDArray[np.uin
     return np.concatenate(pictures), {"psnr": every, "edge_psnr": edges, "latent_noise": noise}
 
 
-def latent_moments(posteriors: Iterable[Gaussian]) -> tuple[Tensor, Tensor, Tensor]:
+def latent_moments(posteriors: Sequence[Gaussian]) -> tuple[Tensor, Tensor, Tensor]:
     """Of drawn latents, each (C,) float64: mean, standard deviation, and the part of it within posteriors."""
     mean, var = (
         torch.cat([getattr(posterior, name).double().cpu() for posterior in posteriors])

@@ -91,6 +91,7 @@ class TrainingSlice(pl.Callback):
         self.identity = identity
         self.average = WeightAverage(network, decay)
         self.minutes, self.save_minutes = minutes, save_minutes
+        self.counted: float | None = None  # until when time is in `progress`; None before training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the state where there is one, and start the clocks."""
@@ -120,7 +121,9 @@ class TrainingSlice(pl.Callback):
         log.info("step %d, state in %s", self.progress.step, self.path)
 
     def count_time(self) -> None:
-        """Add what passed since the last call."""
+        """Add what passed since the last call, or since training began."""
+        if self.counted is None:
+            return
         wall, cpu = time.monotonic(), time.process_time()
         self.progress.wall_seconds += wall - self.counted
         self.progress.cpu_seconds += cpu - self.cpu

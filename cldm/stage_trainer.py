@@ -20,12 +20,9 @@ def steps_from(batches: Dataset, first: int) -> DataLoader:
 
 
 def build_stage_trainer(
-    steps: int, precision: str, clip: float, callbacks: Sequence[pl.Callback], **options: Any
+    steps: int, precision: str, callbacks: Sequence[pl.Callback], **options: Any
 ) -> pl.Trainer:
-    """A trainer for `steps` optimizer steps; into a file goes no progress bar.
-
-    clip  largest norm of the gradient; 0 is none
-    """
+    """A trainer for `steps` optimizer steps; into a file goes no progress bar."""
     quiet_lightning()
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # cutting a crop needs none
     bar = [StepProgressBar()] if sys.stderr.isatty() else []
@@ -34,7 +31,6 @@ def build_stage_trainer(
         devices=1,
         precision=precision,
         max_steps=steps,
-        gradient_clip_val=clip or None,
         callbacks=[*callbacks, *bar],
         logger=False,
         enable_checkpointing=False,

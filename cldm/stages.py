@@ -67,6 +67,8 @@ class VAETrainConfig:
     warmup: int = 200
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
+    start_logvar: float = -6.0  # of the posterior, so that its noise does not drown the first latents
+    guide_steps: int = 500  # over which the pull to the best linear code fades; 0 is none
     average: float = 0.999  # decay of the average of the weights
     precision: str = "32-true"  # one of PRECISIONS
     seed: int = 0
@@ -108,6 +110,7 @@ VAE_AT_LEAST = {
     "train.batch_size": 1,
     "train.last_share": 0,
     "train.warmup": 0,
+    "train.guide_steps": 0,
     "train.clip": 0,
     "train.average": 0,
     "train.seed": 0,
@@ -163,9 +166,8 @@ def check_vae_stage(config: DictConfig) -> None:
 
 def identity_of(config: DictConfig) -> str:
     """What makes a run the run that it is, as YAML: a slice with another identity cannot continue it."""
-    kept = config.copy()
+    kept = OmegaConf.to_container(config, resolve=True)
     for key in NOT_OF_THE_RUN:
-        section, _, name = key.partition(".")
-        if section in kept and (not name or name in kept[section]):
-            del (kept[section] if name else kept)[name or section]
-    return OmegaConf.to_yaml(kept)
+        section, _, name = key.rpartition(".")
+        (kept[section] if section else kept).pop(name, None)
+    return OmegaConf.to_yaml(OmegaConf.create(kept))

@@ -1,0 +1,181 @@
+"""Train the Streets autoencoder: python tool_train_streets_vae.py [--minutes M] [key=value ...]
+
+    python tool_train_streets_vae.py
+    python tool_train_streets_vae.py --minutes 45 slice.folder=/big/disk/vae
+    python tool_train_streets_vae.py train.steps=200 train.last_share=0 slice.folder=output/try
+    python tool_train_streets_vae.py --print_config
+
+The first stage of the Streets base learns from rendered photos alone, without label maps; what is missing of
+them is rendered first. Training goes in slices: after M minutes the state is in slice.folder, and the same
+command continues from there. Each slice ends with OUT, the averaged weights so far in fp16 under the names
+first_stage_model.*; the settings are configs/streets_vae.yaml with the key=value lines over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cldm.cli import keep_freed_memory, refuse
+from cldm.stages import VAEStage, check_vae_stage, identity_of, load_stage
+from datasets import find_entry, missing_paths
+
+log = logging.getLogger("tool_train_streets_vae")
+
+MOMENT_FRAMES = 500  # of the training photos; enough for the moments of the latents
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the flags."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("--config", default="configs/streets_vae.yaml", help="run file (default: %(default)s)")
+    add("--minutes", type=float, default=None, help="of training in this slice (default: slice.minutes)")
+    add(
+        "--out",
+        type=Path,
+        default=None,
+        help="file to write (default: first_stage.safetensors in slice.folder)",
+    )
+    add("--print_config", action="store_true", help="print the settings and exit")
+    add("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.lr=5e-4")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Settings -> photos -> a slice of training -> file and report."""
+    args = parse_args(argv)
+    flags = [] if args.minutes is None else [f"slice.minutes={args.minutes}"]
+    try:
+        config = load_stage(VAEStage, args.config, [*flags, *args.overrides])
+        check_vae_stage(config)
+    except (ValueError, FileNotFoundError) as error:
+        refuse(str(error))
+    if args.print_config:
+        print(OmegaConf.to_yaml(config))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    out = args.out or Path(config.slice.folder) / "first_stage.safetensors"
+    try:
+        train(config, out)
+    except (ValueError, FileNotFoundError) as error:
+        refuse(str(error))
+
+
+def trees_of(config: DictConfig) -> list[tuple[str, str, int]]:
+    """Domain, root and number of training photos of each tree that is used."""
+    rows = [
+        (domain, config.data[f"{domain}_root"], config.data[f"{domain}_frames"])
+        for domain in ("camera", "game")
+    ]
+    return [row for row in rows if row[2] > 0]
+
+
+def make_missing_photos(config: DictConfig) -> None:
+    """Render the trees that are not there yet."""
+    from datasets.streets.tree import Plan
+
+    for domain, root, count in trees_of(config):
+        if missing_paths("streets", root):
+            size = tuple(config.data.size)
+            plan = Plan(domain, size=size, train=count, val=max(100, config.data.val_frames))
+            find_entry("streets").make(root, plan=plan)
+
+
+def train(config: DictConfig, out: Path) -> None:
+    """One slice."""
+    from cldm.slices import read_progress
+    from datasets.streets.crops import join_frames, read_frames
+
+    folder, identity = Path(config.slice.folder), identity_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = read_progress(folder, identity)
+    make_missing_photos(config)
+    size, count = tuple(config.data.size), config.data.val_frames
+    photos = join_frames([read_frames(root, "train", size, n) for _, root, n in trees_of(config)])
+    held_out = join_frames([read_frames(root, "val", size, count) for _, root, _ in trees_of(config)])
+    report(run_slice(config, progress, identity, photos, held_out.images, out), out)
+
+
+def run_slice(
+    config: DictConfig, progress: Any, identity: str, photos: Any, held_out: Any, out: Path
+) -> dict[str, Any]:
+    """Train for the minutes of the slice, write the file, return the last figures."""
+    import pytorch_lightning as pl
+
+    from cldm.first_stage import Reconstructions, build_training, spread, write_first_stage
+    from cldm.model import load_model_config
+    from cldm.slices import TrainingSlice
+    from cldm.stage_trainer import build_stage_trainer, steps_from
+
+    keep_freed_memory()
+    train, section = config.train, config.slice
+    pl.seed_everything(train.seed, verbose=False)
+    model_file = load_model_config(config.model.config)
+    module = build_training(config, model_file, photos.images)
+    times = {"minutes": section.minutes, "save_minutes": section.save_minutes}
+    running = TrainingSlice(
+        section.folder, module.autoencoder, progress, identity, decay=train.average, **times
+    )
+    figures = Reconstructions(
+        held_out, running, section.folder, freq=section.log_freq, pictures=section.pictures
+    )
+    log.info("%d photos, %d parameters", len(photos), sum(p.numel() for p in module.parameters()))
+    if progress.step < train.steps:
+        left = train.steps - progress.step
+        trainer = build_stage_trainer(left, train.precision, [running, figures])
+        trainer.fit(module, steps_from(cut_crops(config, photos), progress.step))
+    else:  # all steps are done: write the file again
+        running.load_weights()
+        figures.measure({})
+    some = photos.images[spread(len(photos), MOMENT_FRAMES)]
+    scale_factor = model_file.model.params.scale_factor
+    notes = notes_of(config, model_file, figures.last)
+    moments = write_first_stage(out, module.autoencoder, running.average, some, scale_factor, notes)
+    return {**figures.last, "steps": train.steps, **moments}
+
+
+def cut_crops(config: DictConfig, photos: Any) -> Any:
+    """The batches of the whole run."""
+    from datasets.streets.crops import Crops
+
+    train = config.train
+    sizes = {"crop": tuple(train.crop), "last_crop": tuple(train.last_crop)}
+    return Crops(
+        photos, train.steps, seed=train.seed, batch=train.batch_size, last_share=train.last_share, **sizes
+    )
+
+
+def notes_of(config: DictConfig, model_file: DictConfig, figures: dict[str, Any]) -> dict[str, str]:
+    """What made the file, for its metadata."""
+    from datasets.streets import RENDERER_VERSION, renderer_hash
+
+    return {
+        "run_config": OmegaConf.to_yaml(config),
+        "model_config": OmegaConf.to_yaml(model_file),
+        "figures": json.dumps(figures),
+        "renderer": f"{RENDERER_VERSION} {renderer_hash()}",
+    }
+
+
+def report(last: dict[str, Any], out: Path) -> None:
+    """Say what the slice reached."""
+    std = ", ".join(f"{value:.3f}" for value in last["raw_std"])
+    print(f"step {last['step']} of {last['steps']}, {last['cpu_hours']:.2f} CPU-hours")
+    print(f"PSNR {last['psnr']:.2f} dB, {last['edge_psnr']:.2f} dB at edges")
+    print(
+        f"latents: standard deviations {std}; in {out} they are 1 after scale_factor {last['scale_factor']}"
+    )
+    print("the run is complete" if last["step"] == last["steps"] else "the same command continues")
+
+
+if __name__ == "__main__":
+    main()
