@@ -218,7 +218,9 @@ def is_colour_map(path: str | Path) -> bool:
 
 
 def resize_labels(ids: NDArray[Scalar], size: Size) -> NDArray[Scalar]:
-    """The id nearest to each pixel centre of an (H, W) grid; equal to torch's `nearest-exact`.
+    """The id nearest to each pixel centre of an (H, W) grid, as torch's `nearest-exact` has it.
+
+    Where a centre falls on the border of two pixels the later one is taken; torch's rounding takes either.
 
     A painted map (H, W, 3) is taken as well.
     """
@@ -227,9 +229,8 @@ def resize_labels(ids: NDArray[Scalar], size: Size) -> NDArray[Scalar]:
 
 
 def _nearest(n: int, m: int) -> NDArray[np.intp]:
-    """Source index, of n, for each of m pixels; float32 as torch has it, so ties fall alike."""
-    centres = (np.arange(m, dtype=np.float32) + np.float32(0.5)) * (np.float32(n) / np.float32(m))
-    return np.minimum(centres.astype(np.intp), n - 1)
+    """Source index, of n, for each of m pixels: floor((i + 1/2) n / m), in integers, so nothing is rounded."""
+    return (2 * np.arange(m) + 1) * n // (2 * m)
 
 
 def _check_label_file(image: Image.Image, path: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,11 @@ def test_resized_ids_are_those_of_torch_and_none_is_new(h: int, w: int, H: int, 
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(ids)[None, None], (H, W), mode="nearest-exact"
     )
-    np.testing.assert_array_equal(resized, expected[0, 0].numpy())
+    # A centre on the border of two pixels falls to either side in torch's float32, by processor and size.
+    is_sure = np.outer(*([(2 * i + 1) * n % (2 * m) != 0 for i in range(m)] for n, m in ((h, H), (w, W))))
+    np.testing.assert_array_equal(resized[is_sure], expected[0, 0].numpy()[is_sure])
+    rows, columns = ([Fraction(2 * i + 1, 2 * m) * n // 1 for i in range(m)] for n, m in ((h, H), (w, W)))
+    np.testing.assert_array_equal(resized, ids[np.ix_(rows, columns)])
     assert resized.dtype == ids.dtype
     assert set(np.unique(resized)) <= set(np.unique(ids))
 
