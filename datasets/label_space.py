@@ -229,7 +229,7 @@ def resize_labels(ids: NDArray[Scalar], size: Size) -> NDArray[Scalar]:
 
 
 def _nearest(n: int, m: int) -> NDArray[np.intp]:
-    """Source index, of n, for each of m pixels: floor((i + 1/2) n / m), in integers, so nothing is rounded."""
+    """Source index, of n, for each of m pixels: floor((i + 1/2) n / m), in integers, so it is exact."""
     return (2 * np.arange(m) + 1) * n // (2 * m)
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 import cldm.cli
@@ -27,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # It lasts as long as the process, and tests that measure memory share this one with those of the scripts.
     cldm.cli.keep_freed_memory = lambda: None
+    # Time is the machine's affair; and a red CI run is to be the fault of the change, not of new examples.
+    hypothesis.settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
+    hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

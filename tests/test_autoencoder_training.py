@@ -398,7 +398,7 @@ def test_one_crop_is_learned() -> None:
     pixels = np.stack([(x // 8 % 2) * 200, y * 7, np.where(x == 13, 255, 40)], axis=-1).astype(np.uint8)
     crops = Crops(
         Frames(pixels[None], [""], [""]),
-        300,
+        600,
         seed=0,
         batch=2,
         crop=(32, 32),
@@ -406,14 +406,14 @@ def test_one_crop_is_learned() -> None:
         last_share=0,
     )
     config = load_stage(
-        VAEStage, RUN, ["train.lr=3e-3", "train.steps=300", "train.warmup=20", "train.guide_steps=0"]
+        VAEStage, RUN, ["train.lr=1e-3", "train.steps=600", "train.warmup=20", "train.guide_steps=100"]
     )
     module = build_training(config, tiny_model_file(), pixels[None])
     running = TrainingSlice("", module.autoencoder, Progress(), "", decay=0.9, minutes=9, save_minutes=9)
     running.save = lambda optimizer: None
     before = reconstruct(module.autoencoder.eval(), pixels[None])[1]["psnr"]
     module.train()
-    build_stage_trainer(300, "32-true", [running]).fit(module, steps_from(crops, 0))
+    build_stage_trainer(600, "32-true", [running]).fit(module, steps_from(crops, 0))
     with running.average.applied(module.autoencoder):
         after = reconstruct(module.autoencoder, pixels[None])[1]["psnr"]
     assert before < 15
