@@ -154,7 +154,7 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
 
 def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
     """One job for each hint and seed, with all that determines its image."""
-    from cldm.tensor_files import fingerprint
+    from cldm.digests import fingerprint
 
     settings = {
         **asdict(sample),

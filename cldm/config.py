@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,18 +124,28 @@ def load_run_config(dataset: str | None, config: str | Path | None, overrides: S
     layers = [read_yaml(run_file)]
     layers += [{"data": {"name": dataset}}] if dataset else []
     layers += [{"model": {"config": model_file}}] if model_file else []
-    merged = OmegaConf.structured(RunConfig)
-    for layer, where in [*((layer, str(run_file)) for layer in layers), *parse_overrides(overrides)]:
+    return merge_layers(RunConfig, [(layer, str(run_file)) for layer in layers], overrides)
+
+
+def merge_layers(schema: type, layers: Sequence[tuple[Any, str]], overrides: Sequence[str]) -> DictConfig:
+    """Schema <- `layers`, each with its name for errors <- `overrides`; later ones win."""
+    merged = OmegaConf.structured(schema)
+    for layer, where in [*layers, *parse_overrides(overrides)]:
         merged = merge(merged, layer, where)
     return merged
 
 
+def check_at_least(config: DictConfig, least: Mapping[str, float]) -> None:
+    """Refuse numbers below their limit; null is none."""
+    for key, limit in least.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not value >= limit:
+            raise ValueError(f"expected {key} of {limit} or more, found {value}")
+
+
 def check_run(config: DictConfig) -> None:
     """Refuse numbers that no run can have; types are the schema's affair."""
-    for key, least in AT_LEAST.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and not value >= least:
-            raise ValueError(f"expected {key} of {least} or more, found {value}")
+    check_at_least(config, AT_LEAST)
     if config.train.seed > MAX_SEED:
         raise ValueError(f"expected train.seed of {MAX_SEED} or less, found {config.train.seed}")
     if not config.train.lr > 0:

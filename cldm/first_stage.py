@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cldm.averaging import WeightAverage
+from cldm.generate import to_uint8
 from cldm.pictures import Rgb, sheet, write_png
 from cldm.slices import TrainingSlice
 from cldm.tensor_writing import write_tensors
@@ -135,7 +136,7 @@ def reconstruct(autoencoder: AutoencoderKL, frames: Rgb) -> tuple[NDArray[np.uin
     for x, posterior in encode_in_chunks(autoencoder, frames):
         found = autoencoder.decode(posterior.mode()).clamp(-1, 1)
         figures.append(torch.stack(frame_psnr(x, found)))
-        pictures.append(((found + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        pictures.append(to_uint8(found).numpy())
         posteriors.append(posterior)
     every, edges = torch.cat(figures, dim=1).mean(dim=1).tolist()
     _, std, within = latent_moments(posteriors)

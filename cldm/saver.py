@@ -85,4 +85,5 @@ class ControlCheckpoint(pl.Callback):
         if self.base is None:
             return with_position_ids(state)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return {name: state[name] for name in state if name in trained | self.carried}
+        kept = trained | self.carried
+        return {name: value for name, value in state.items() if name in kept}

@@ -5,13 +5,13 @@ Nothing here imports torch, so a mistake is answered before anything slow starts
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.config import merge, parse_overrides, read_yaml
+from cldm.config import check_at_least, merge_layers, read_yaml
 
 PRECISIONS = ("32-true", "bf16-mixed")
 # What may differ between two slices of one run, because it changes no weight.
@@ -123,19 +123,7 @@ VAE_AT_LEAST = {
 
 def load_stage(schema: type, run_file: str | Path, overrides: Sequence[str]) -> DictConfig:
     """Schema <- run file <- `overrides`; an unknown key is answered with the near one."""
-    merged = OmegaConf.structured(schema)
-    layers = [(read_yaml(Path(run_file)), str(run_file)), *parse_overrides(overrides)]
-    for layer, where in layers:
-        merged = merge(merged, layer, where)
-    return merged
-
-
-def check_at_least(config: DictConfig, least: Mapping[str, float]) -> None:
-    """Refuse numbers below their limit."""
-    for key, limit in least.items():
-        value = OmegaConf.select(config, key)
-        if not value >= limit:
-            raise ValueError(f"expected {key} of {limit} or more, found {value}")
+    return merge_layers(schema, [(read_yaml(Path(run_file)), str(run_file))], overrides)
 
 
 def check_vae_stage(config: DictConfig) -> None:

@@ -4,7 +4,6 @@ What a file is follows from its content, never from its name: safetensors, a tor
 from before the zip format.
 """
 
-import hashlib
 import json
 import logging
 import pickletools
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
-PIECES, PIECE_BYTES = 64, 1 << 16  # of a fingerprint
 EXPECTED = "expected a safetensors file or a torch checkpoint of tensors"
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
@@ -109,29 +107,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         notes = payload.get("metadata") if isinstance(payload, dict) else None
     pairs = notes.items() if isinstance(notes, dict) else ()
     return {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
-
-
-def sha256_of(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, reading it in pieces."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with Path(path).open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-    return digest.hexdigest()
-
-
-def fingerprint(path: str | Path) -> str:
-    """Tell files apart at once, whatever their size: SHA-256 of the length and of 64 pieces of 64 KiB.
-
-    The pieces are spread evenly from the first to the last byte, so every part of a model is in some of them.
-    """
-    size = Path(path).stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with Path(path).open("rb") as file:
-        for i in range(PIECES):
-            file.seek(max(0, size - PIECE_BYTES) * i // (PIECES - 1))
-            digest.update(file.read(PIECE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _kind(path: Path) -> str:

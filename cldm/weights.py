@@ -12,14 +12,8 @@ from torch import Tensor
 
 from cldm.checkpoint import parts, to_model_keys
 from cldm.config import project_path
-from cldm.tensor_files import (
-    CheckpointError,
-    fingerprint,
-    read_metadata,
-    read_shapes,
-    read_tensors,
-    sha256_of,
-)
+from cldm.digests import fingerprint, sha256_of
+from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors
 
 ALL_PARTS = {"unet", "control", "vae", "text"}
 

@@ -20,6 +20,7 @@ from datasets.label_space import Ids, LabelSpace, Rgb, Size, read_image, read_la
 
 log = logging.getLogger(__name__)
 
+CAPTIONS = "captions.json"  # of a tree, by stem
 SIZE_STEP = 64  # 8x of the VAE times 8x of the UNet
 SHAPE_TOLERANCE = 0.01  # of height / width, between a photo and its label map
 

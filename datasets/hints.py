@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.base import check_size
+from datasets.base import CAPTIONS, check_size
 from datasets.label_space import Ids, LabelSpace, Size, is_colour_map, read_image, read_labels, resize_labels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
-CAPTIONS = "captions.json"
 LABEL_MAPS = ("labelIds", "labelTrainIds", "color")
 FRAME_MAPS = {  # by hint type: which of a frame's maps is taken
     "auto": LABEL_MAPS,

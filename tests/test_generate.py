@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import cldm.generate
 import generate as script
 from cldm.cldm import ControlLDM
-from cldm.config import SampleConfig
-from cldm.generate import generate
+from cldm.config import SAMPLER_NAMES, SampleConfig
+from cldm.generate import SAMPLERS, generate
 from cldm.tensor_files import read_metadata
 from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes
@@ -112,6 +112,10 @@ def test_images_are_those_of_the_plain_loop(model: ControlLDM, hint: Tensor, cha
     assert (images.dtype, images.shape) == (torch.uint8, (2, 64, 128, 3))
     assert images.float().std() > 20, "a grey image would agree with anything"
     assert difference(images, plain_loop(model, hint, settings)) <= 1
+
+
+def test_the_schema_names_the_samplers_that_there_are() -> None:
+    assert list(SAMPLERS) == list(SAMPLER_NAMES)
 
 
 def test_images_of_a_v_model_and_without_a_hint_are_those_of_the_plain_loop(

@@ -19,13 +19,12 @@ import torch
 from omegaconf import OmegaConf
 from tensor_samples import assert_same, some_tensors
 
+from cldm.digests import fingerprint, sha256_of
 from cldm.tensor_files import (
     CheckpointError,
-    fingerprint,
     read_metadata,
     read_shapes,
     read_tensors,
-    sha256_of,
 )
 from cldm.tensor_writing import write_tensors
 

@@ -24,10 +24,10 @@ import tutorial_train
 from cldm import trainer as parts
 from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
+from cldm.digests import fingerprint, sha256_of
 from cldm.generate import generate
 from cldm.logger import ImageLogger, grid_row, send_image
 from cldm.progress import StepProgressBar
-from cldm.tensor_files import fingerprint, sha256_of
 from cldm.tensor_writing import write_tensors
 from datasets import create_dataset
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from datasets.base import LabelSample, Sample
+from datasets.base import CAPTIONS, LabelSample, Sample
 from datasets.cityscapes import CityscapesDataset
 from datasets.label_space import Size
-from datasets.streets.tree import CAPTIONS, CARD
+from datasets.streets.tree import CARD
 
 
 class StreetsDataset(CityscapesDataset):

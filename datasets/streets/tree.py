@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datasets.base import check_size
+from datasets.base import CAPTIONS, check_size
 from datasets.label_space import LabelSpace, Rgb, Size, read_labels
 from datasets.streets import CONDITIONS, RENDERER_VERSION
 from datasets.streets.caption import compose_caption
@@ -26,7 +26,7 @@ from datasets.streets.street import lay_out_street
 
 log = logging.getLogger(__name__)
 
-CAPTIONS, CARD = "captions.json", "streets.json"
+CARD = "streets.json"
 SPLITS = ("train", "val")
 BLOCK = 1_000_000  # seeds of a split; train and val have a block each, so they never share a scene
 
