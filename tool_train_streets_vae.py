@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory, refuse
 from cldm.stages import VAEStage, check_vae_stage, identity_of, load_stage
-from datasets import find_entry, missing_paths
 
 log = logging.getLogger("tool_train_streets_vae")
 
@@ -70,38 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(str(error))
 
 
-def trees_of(config: DictConfig) -> list[tuple[str, str, int]]:
-    """Domain, root and number of training photos of each tree that is used."""
-    rows = [
-        (domain, config.data[f"{domain}_root"], config.data[f"{domain}_frames"])
-        for domain in ("camera", "game")
-    ]
-    return [row for row in rows if row[2] > 0]
-
-
-def make_missing_photos(config: DictConfig) -> None:
-    """Render the trees that are not there yet."""
-    from datasets.streets.tree import Plan
-
-    for domain, root, count in trees_of(config):
-        if missing_paths("streets", root):
-            size = tuple(config.data.size)
-            plan = Plan(domain, size=size, train=count, val=max(100, config.data.val_frames))
-            find_entry("streets").make(root, plan=plan)
-
-
 def train(config: DictConfig, out: Path) -> None:
     """One slice."""
     from cldm.slices import read_progress
-    from datasets.streets.crops import join_frames, read_frames
+    from datasets.streets.photos import make_missing_trees, read_photos
 
     folder, identity = Path(config.slice.folder), identity_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     progress = read_progress(folder, identity)
-    make_missing_photos(config)
-    size, count = tuple(config.data.size), config.data.val_frames
-    photos = join_frames([read_frames(root, "train", size, n) for _, root, n in trees_of(config)])
-    held_out = join_frames([read_frames(root, "val", size, count) for _, root, _ in trees_of(config)])
+    make_missing_trees(config.data)
+    photos, held_out = read_photos(config.data, "train"), read_photos(config.data, "val")
     report(run_slice(config, progress, identity, photos, held_out.images, out), out)
 
 

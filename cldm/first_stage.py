@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
@@ -18,8 +16,9 @@ from torch import Tensor
 
 from cldm.averaging import WeightAverage
 from cldm.generate import to_uint8
-from cldm.pictures import Rgb, sheet, write_png
+from cldm.pictures import Rgb, sheet
 from cldm.slices import TrainingSlice
+from cldm.stage_figures import StageFigures
 from cldm.tensor_writing import write_tensors
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_training import (
@@ -33,18 +32,13 @@ from ldm.models.autoencoder_training import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution as Gaussian
 from ldm.util import instantiate_from_config
 
-log = logging.getLogger(__name__)
-
 PREFIX = "first_stage_model."
 GUIDE_FRAMES = 200  # of the training photos, for the best linear code of their blocks
 CHUNK = 8  # frames at once, where no gradient is needed
 
 
-class Reconstructions(pl.Callback):
-    """Measures the averaged autoencoder on fixed frames and shows some: original beside reconstruction.
-
-    At the start, every `freq` optimizer steps and at the end, a line goes to <folder>/log.jsonl and a picture
-    to <folder>/pictures/step=NNNNNN.png.
+class Reconstructions(StageFigures):
+    """Figures of the autoencoder on fixed frames, and some of them: original beside reconstruction.
 
     frames  (N, H, W, 3) uint8 that are not trained on
     """
@@ -52,46 +46,15 @@ class Reconstructions(pl.Callback):
     def __init__(
         self, frames: Rgb, running: TrainingSlice, folder: str | Path, *, freq: int, pictures: int
     ) -> None:
-        self.frames, self.running = frames, running
-        self.folder = Path(folder)
-        self.freq, self.pictures = freq, pictures
-        self.last_step = -1
-        self.last: dict[str, Any] = {}
+        super().__init__(running, folder, freq=freq)
+        self.frames = frames
+        self.pictures = pictures
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show where the slice begins."""
-        self.measure(trainer.callback_metrics)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Measure at multiples of `freq`."""
-        if self.running.progress.step % self.freq == 0:
-            self.measure(trainer.callback_metrics)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure what the slice reached."""
-        self.measure(trainer.callback_metrics)
-
-    def measure(self, losses: Mapping[str, Any]) -> None:
-        """Once for each step: reconstruct, write the line and the picture."""
-        progress = self.running.progress
-        if progress.step == self.last_step:
-            return
-        self.last_step = progress.step
-        self.running.count_time()
-        network: AutoencoderKL = self.running.network
-        with self.running.average.applied(network):
-            pictures, figures = reconstruct(network, self.frames)
-        times = {"cpu_hours": progress.cpu_seconds / 3600, "wall_hours": progress.wall_seconds / 3600}
-        numbers = {**losses, **figures, **times}
-        self.last = {"step": progress.step, **{name: round(float(v), 4) for name, v in numbers.items()}}
-        log.info("%s", json.dumps(self.last))
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.last) + "\n")
+    def take(self) -> tuple[dict[str, float], Rgb | None]:
+        """Reconstruct the frames."""
+        found, figures = reconstruct(self.running.network, self.frames)
         rows = spread(len(self.frames), self.pictures)
-        if rows:
-            target = self.folder / "pictures" / f"step={progress.step:06d}.png"
-            target.parent.mkdir(exist_ok=True)
-            write_png(target, sheet([[self.frames[i], pictures[i]] for i in rows]), self.last)
+        return figures, sheet([[self.frames[i], found[i]] for i in rows]) if rows else None
 
 
 def build_training(config: DictConfig, model_file: DictConfig, photos: Rgb) -> AutoencoderTraining:
@@ -114,7 +77,7 @@ def spread(total: int, count: int) -> list[int]:
 
 def to_signed(frames: Rgb) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) in [-1, 1]."""
-    return to_images(torch.from_numpy(frames).float() / 127.5 - 1)
+    return to_images(torch.from_numpy(np.ascontiguousarray(frames)).float() / 127.5 - 1)
 
 
 def encode_in_chunks(autoencoder: AutoencoderKL, frames: Rgb) -> Iterator[tuple[Tensor, Gaussian]]:

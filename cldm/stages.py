@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.config import check_at_least, merge_layers, read_yaml
+from cldm.config import SampleConfig, check_at_least, check_sample, merge_layers, read_yaml
 
 PRECISIONS = ("32-true", "bf16-mixed")
 # What may differ between two slices of one run, because it changes no weight.
@@ -19,6 +19,8 @@ NOT_OF_THE_RUN = (
     "data.camera_root",
     "data.game_root",
     "data.val_frames",
+    "data.first_stage",  # told by its digest
+    "sample",
     "slice",
 )
 
@@ -96,6 +98,42 @@ class VAEStage:
     slice: SliceConfig = field(default_factory=lambda: SliceConfig(folder="output/streets/vae"))
 
 
+@dataclass
+class BasePhotosConfig(PhotosConfig):
+    """Photos, and the autoencoder that encodes them."""
+
+    first_stage: str = "output/streets/vae/first_stage.safetensors"
+    val_frames: int = 64
+
+
+@dataclass
+class BaseTrainConfig:
+    """How text encoder and UNet are trained, and for how long in all."""
+
+    steps: int = 12_000  # optimizer steps of the whole run, whatever the slices
+    batch_size: int = 32  # latents of whole photos
+    lr: float = 1e-3
+    warmup: int = 300
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradient
+    drop: float = 0.1  # share of captions left out
+    min_snr_gamma: float = 5.0  # 0 weighs all noise levels alike
+    average: float = 0.999  # decay of the average of the weights
+    precision: str = "32-true"  # one of PRECISIONS
+    seed: int = 0
+
+
+@dataclass
+class BaseStage:
+    """Second stage: text encoder and UNet."""
+
+    model: StageModelConfig = field(default_factory=StageModelConfig)
+    data: BasePhotosConfig = field(default_factory=BasePhotosConfig)
+    train: BaseTrainConfig = field(default_factory=BaseTrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    slice: SliceConfig = field(default_factory=lambda: SliceConfig(folder="output/streets/base"))
+
+
 VAE_AT_LEAST = {
     "data.camera_frames": 0,
     "data.game_frames": 0,
@@ -121,35 +159,75 @@ VAE_AT_LEAST = {
 }
 
 
+BASE_AT_LEAST = {
+    "data.camera_frames": 0,
+    "data.game_frames": 0,
+    "data.val_frames": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.warmup": 0,
+    "train.weight_decay": 0,
+    "train.clip": 0,
+    "train.drop": 0,
+    "train.min_snr_gamma": 0,
+    "train.average": 0,
+    "train.seed": 0,
+    "slice.minutes": 0,
+    "slice.save_minutes": 0,
+    "slice.log_freq": 1,
+    "slice.pictures": 0,
+}
+
+
 def load_stage(schema: type, run_file: str | Path, overrides: Sequence[str]) -> DictConfig:
     """Schema <- run file <- `overrides`; an unknown key is answered with the near one."""
     return merge_layers(schema, [(read_yaml(Path(run_file)), str(run_file))], overrides)
 
 
-def check_vae_stage(config: DictConfig) -> None:
-    """Refuse numbers that no run of the first stage can have."""
-    check_at_least(config, VAE_AT_LEAST)
+def check_training(config: DictConfig) -> None:
+    """Refuse what no stage can do: no photos, no learning rate, an average that never moves."""
     train, data = config.train, config.data
     if data.camera_frames + data.game_frames == 0:
         raise ValueError("expected photos to train on, found data.camera_frames=0 and data.game_frames=0")
     if not train.lr > 0:
         raise ValueError(f"expected train.lr above 0, found {train.lr}")
-    if train.last_share > 1 or train.average >= 1:
-        raise ValueError(
-            "expected train.last_share of at most 1 and train.average below 1, found"
-            f" {train.last_share} and {train.average}"
-        )
+    if train.average >= 1:
+        raise ValueError(f"expected train.average below 1, found {train.average}")
     if train.precision not in PRECISIONS:
         names = ", ".join(PRECISIONS)
         raise ValueError(f"expected train.precision to be one of {names}, found {train.precision!r}")
+
+
+def check_size_of(config: DictConfig, key: str, step: int) -> None:
+    """Refuse a size that is not two multiples of `step`."""
+    size = OmegaConf.select(config, key)
+    if len(size) != 2 or any(side < step or side % step for side in size):
+        raise ValueError(f"expected {key}=[HEIGHT,WIDTH] in multiples of {step}, found {list(size)}")
+
+
+def check_vae_stage(config: DictConfig) -> None:
+    """Refuse numbers that no run of the first stage can have."""
+    check_at_least(config, VAE_AT_LEAST)
+    check_training(config)
+    train, data = config.train, config.data
+    if train.last_share > 1:
+        raise ValueError(f"expected train.last_share of at most 1, found {train.last_share}")
     step = 2 ** max(3, config.loss.pyramid_levels)  # the autoencoder halves three times
     for key in ("data.size", "train.crop", "train.last_crop"):
-        size = OmegaConf.select(config, key)
-        if len(size) != 2 or any(side < step or side % step for side in size):
-            raise ValueError(f"expected {key}=[HEIGHT,WIDTH] in multiples of {step}, found {list(size)}")
+        check_size_of(config, key, step)
     for key in ("crop", "last_crop"):
         if any(side > limit for side, limit in zip(train[key], data.size, strict=True)):
             raise ValueError(f"expected train.{key} within {list(data.size)}, found {list(train[key])}")
+
+
+def check_base_stage(config: DictConfig) -> None:
+    """Refuse numbers that no run of the second stage can have."""
+    check_at_least(config, BASE_AT_LEAST)
+    check_training(config)
+    check_sample(config.sample)
+    if config.train.drop >= 1:
+        raise ValueError(f"expected train.drop below 1, found {config.train.drop}")
+    check_size_of(config, "data.size", 64)
 
 
 def identity_of(config: DictConfig) -> str:

@@ -23,7 +23,8 @@ from cldm.slices import Progress, first_difference, read_progress
 from cldm.stages import VAEStage, check_vae_stage, identity_of, load_stage
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
-from datasets.streets.crops import Crops, Frames, join_frames, read_frames
+from datasets.streets.crops import Crops
+from datasets.streets.photos import Frames, join_frames, read_frames
 from datasets.streets.tree import Plan, make_tree
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_training import (

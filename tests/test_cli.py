@@ -31,6 +31,7 @@ FLAGS = {
     "tool_make_streets.py": {
         *("--domain", "--conditions", "--size", "--train", "--val", "--out", "--seed", "--workers"),
     },
+    "tool_train_streets_base.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
     "tutorial_dataset.py": {"--root", "--index"},
     "tutorial_train.py": {

@@ -1,36 +1,15 @@
-"""Photos of the rendered tree held in memory, and batches of crops that are a function of (seed, step).
-
-The base model is trained on photos and captions alone, so no label map is read here.
-"""
+"""Batches of crops that are a function of (seed, step)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.base import check_size, resize_image, to_signed
-from datasets.label_space import Rgb, Size, read_image
-from datasets.streets.dataset import StreetsDataset, read_captions
-from datasets.streets.tree import count_cores
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Photos of one size with their captions."""
-
-    images: Rgb  # (N, H, W, 3)
-    captions: list[str]
-    keys: list[str]
-
-    def __len__(self) -> int:
-        """Number of frames."""
-        return len(self.keys)
+from datasets.base import to_signed
+from datasets.label_space import Size
+from datasets.streets.photos import Frames
 
 
 class CropBatch(TypedDict):
@@ -39,41 +18,6 @@ class CropBatch(TypedDict):
     jpg: NDArray[np.float32]  # (B, h, w, 3) in [-1, 1]
     txt: list[str]
     step: int
-
-
-def read_frames(root: str | Path, split: str, size: Size, count: int) -> Frames:
-    """The first `count` photos of a split by their number, so that the conditions take turns."""
-    photos = StreetsDataset.find_photos(Path(root), split)
-    if not 0 < count <= len(photos):
-        raise FileNotFoundError(
-            f"{root}: expected {count} photos of {split}, found {len(photos)}; render more:"
-            f" python tool_make_streets.py --out {root} --{split} {count}"
-        )
-    keys = sorted(photos, key=frame_order)[:count]
-    captions = read_captions(Path(root))
-    images = np.empty((count, *check_size(size), 3), np.uint8)
-
-    def fill(i: int) -> None:
-        images[i] = resize_image(read_image(photos[keys[i]]), size)
-
-    with ThreadPoolExecutor(count_cores()) as pool:
-        list(pool.map(fill, range(count)))
-    return Frames(images, [captions[key] for key in keys], keys)
-
-
-def frame_order(key: str) -> tuple[str, ...]:
-    """Sequence and frame before the city, which names domain and condition."""
-    city, *numbers = key.split("_")
-    return (*numbers, city)
-
-
-def join_frames(parts: Sequence[Frames]) -> Frames:
-    """Frames of several trees as one set."""
-    return Frames(
-        np.concatenate([part.images for part in parts]),
-        [caption for part in parts for caption in part.captions],
-        [key for part in parts for key in part.keys],
-    )
 
 
 class Crops:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.diffusion.schedule import NoiseSchedule, make_betas
+from ldm.models.diffusion.schedule import NoiseSchedule, make_betas, min_snr_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
 
@@ -83,6 +83,7 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.cond_stage_key = cond_stage_key
         self.scale_factor = scale_factor
         self.learning_rate = 1e-5
+        self.min_snr_gamma = 0.0  # settable; 0 weighs all noise levels alike
         self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
         self.first_stage_model = instantiate_from_config(first_stage_config)
@@ -153,12 +154,19 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
     def p_losses(
         self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the prediction at noise levels `t`, and what to log."""
+        """Mean squared error of the prediction at noise levels `t`, and what to log.
+
+        With `min_snr_gamma` the loss is weighted by level; what is logged never is.
+        """
         noise = torch.randn_like(x_start) if noise is None else noise
         prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         target = noise if self.parameterization == "eps" else self.get_v(x_start, noise, t)
-        loss = F.mse_loss(prediction.float(), target.float())
-        return loss, {f"{'train' if self.training else 'val'}/loss_simple": loss.detach()}
+        simple = loss = F.mse_loss(prediction.float(), target.float())
+        if self.min_snr_gamma:
+            weights = min_snr_weights(self.alphas_cumprod[t], self.min_snr_gamma, self.parameterization)
+            errors = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+            loss = (weights * errors).mean()
+        return loss, {f"{'train' if self.training else 'val'}/loss_simple": simple.detach()}
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the network predicts, eps or v: x_noisy (B, C, h, w), t (B,) -> (B, C, h, w)."""

@@ -52,6 +52,16 @@ def at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return values[t].view(-1, *[1] * (like.ndim - 1))
 
 
+def min_snr_weights(abar: Tensor, gamma: float, parameterization: str) -> Tensor:
+    """Loss weights of noise levels, in the shape of `abar`: what is nearly clean counts less.
+
+    min(SNR, gamma) / SNR for a predicted eps, / (SNR + 1) for a predicted v, with SNR = abar / (1 - abar)
+    (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+    """
+    snr = abar / (1 - abar)
+    return snr.clamp(max=gamma) / (snr if parameterization == "eps" else snr + 1)
+
+
 class NoiseSchedule(nn.Module):
     """Mix-in: schedule buffers on the module itself, where checkpoints have them, and the formulas.
 
