@@ -13,7 +13,7 @@ PACKAGES := $(wildcard cldm ldm datasets metrics webui)
 
 help:
 	@echo "make install  make $(VENV) and install everything (repeated only when a requirements file changes)"
-	@echo "make demo     install, then render, train and sample for a minute with a random miniature"
+	@echo "make demo     install, then the whole story on the Streets lab, about 8 minutes: output/demo/index.html"
 	@echo "make test     install, lint, then the default test suite (CPU, no weights, no network)"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff rewrite what it can"
@@ -36,15 +36,47 @@ $(STAMP): $(REQUIREMENTS) | $(PY)
 	$(PY) -m pip install --disable-pip-version-check $(REQUIREMENTS:%=-r %)
 	@touch $@
 
-# Random weights, as none are shipped yet: what it shows is that rendering, training and sampling run here.
+# The demo, for one: make demo STEPS=2000 trains longer, BASE and SHIPPED name other weights.
+BASE := models/streets_base.safetensors
+SHIPPED := models/control_streets.safetensors
+JUDGE := models/streets_judge.safetensors
+FRAMES := 600
+MAPS := 60
+STEPS := 300
+SAMPLING := --sampler dpm++2m --steps 12 --batch_size 8
+FRESH = $(DEMO)/lightning_logs/version_0/checkpoints/step=$(shell printf %06d $(STEPS)).safetensors
+DEMO_PARTS := streets streets_game scene control_ini.safetensors lightning_logs fresh shipped prompts cards commands.tsv \
+  index.html pictures images
+
+# $(call step,SECTION,COMMAND) runs a command and writes it down, with the time, for that section of the page.
+define step
+@printf '%s\t%s\t%s\n' "$$(date +%s)" '$(strip $(1))' '$(strip $(2))' >>$(DEMO)/commands.tsv
+$(strip $(2))
+endef
+
+# All of an earlier demo goes first, so that old and new never mix.
 demo: install
+	@mkdir -p $(DEMO) && rm -rf $(addprefix $(DEMO)/,$(DEMO_PARTS))
 	$(PY) tool_doctor.py
-	$(PY) tool_make_streets.py --train 64 --val 8 --out $(DEMO)/streets
-	$(PY) tutorial_train.py --dataset streets --resume_path random --max_steps 20 --logger_freq 10 \
-	  --default_root_dir $(DEMO) data.root=$(DEMO)/streets sample.steps=5
-	$(PY) generate.py --ckpt "$$(ls -t $(DEMO)/lightning_logs/*/checkpoints/*.safetensors | head -1)" \
-	  --hint $(DEMO)/streets/gtFine/val --out $(DEMO)/images --overwrite
-	@echo "look at $(DEMO)/images/contact_sheet_001.png and $(DEMO)/lightning_logs/*/image_log"
+	$(call step,data,$(PY) tool_make_streets.py --train $(FRAMES) --val $(MAPS) --out $(DEMO)/streets)
+	$(call step,data,$(PY) tool_make_streets.py --domain game --train 0 --val 5 --out $(DEMO)/streets_game)
+	$(call step,training,$(PY) tool_add_control.py $(BASE) $(DEMO)/control_ini.safetensors)
+	$(call step,training,$(PY) tutorial_train.py --dataset streets --resume_path $(DEMO)/control_ini.safetensors \
+	  --max_steps $(STEPS) --logger_freq 100 --default_root_dir $(DEMO) data.root=$(DEMO)/streets \
+	  train.val_freq=25 train.val_samples=24)
+	$(call step,samples,$(PY) generate.py --ckpt $(FRESH) \
+	  --hint $(DEMO)/streets/gtFine/val --out $(DEMO)/fresh $(SAMPLING))
+	$(call step,samples,$(PY) generate.py --ckpt $(SHIPPED) \
+	  --hint $(DEMO)/streets/gtFine/val --out $(DEMO)/shipped $(SAMPLING))
+	$(call step,judge,$(PY) tool_judge_streets.py --judge $(JUDGE) --images $(DEMO)/fresh \
+	  --labels $(DEMO)/streets --out $(DEMO)/cards/fresh.json)
+	$(call step,judge,$(PY) tool_judge_streets.py --judge $(JUDGE) --images $(DEMO)/shipped \
+	  --labels $(DEMO)/streets --out $(DEMO)/cards/shipped.json)
+	$(call step,prompts,for light in clear rain fog snow night; do $(PY) tool_make_streets.py --seed 3 \
+	  --conditions $$light --train 0 --val 1 --out $(DEMO)/scene || exit; done)
+	$(call step,prompts,$(PY) generate.py --ckpt $(SHIPPED) \
+	  --hint $(DEMO)/scene/gtFine/val --out $(DEMO)/prompts $(SAMPLING))
+	$(call step,page,$(PY) tool_demo_page.py $(DEMO))
 
 # Lint comes first, so that the last line is pytest's own summary.
 test: lint

@@ -14,6 +14,7 @@ DEFAULT_ROOT_DIR/lightning_logs/version_N.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -186,15 +187,29 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
 
 
 def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
-    """What the sample grid shows: maps of the validation split, or training ones where there is none."""
-    split, count = config.data.val_split, config.train.grid_images
-    if split is not None and hasattr(dataset, "preview"):
+    """What validation measures and the grid shows the first of: validation frames, else training ones."""
+    count = max(config.train.grid_images, config.train.val_samples if config.train.val_freq else 0)
+    if config.data.val_split is not None and hasattr(dataset, "preview"):
         try:
-            options = {"root": dataset.root, "size": dataset.size, "prompt": dataset.prompt}
-            return dataset.preview(count, split=split, **options)
+            return validation_samples(dataset, config.data.val_split, count)
         except FileNotFoundError as error:
-            log.warning("%s The sample grid shows training maps instead.", error)
+            log.warning("%s Training frames stand in for it.", error)
     return [dataset[i] for i in range(min(count, len(dataset)))]
+
+
+def validation_samples(dataset: Any, split: str, count: int) -> Sequence[Any]:
+    """Frames spread over a split, or the first maps of one that has no photos."""
+    options = {"root": dataset.root, "size": dataset.size, "prompt": dataset.prompt}
+    with contextlib.suppress(FileNotFoundError):
+        return spread(type(dataset)(split=split, **options), count)
+    return dataset.preview(count, split=split, **options)
+
+
+def spread(dataset: Any, count: int) -> list[Any]:
+    """Samples from all over a data set, in an order in which also the first ones are."""
+    from cldm.validation import golden
+
+    return [dataset[i] for i in sorted(range(len(dataset)), key=golden)[:count]]
 
 
 if __name__ == "__main__":

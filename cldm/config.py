@@ -28,6 +28,8 @@ AT_LEAST = {
     "train.max_steps": 1,
     "train.logger_freq": 1,
     "train.grid_images": 0,
+    "train.val_freq": 0,
+    "train.val_samples": 2,
     "train.checkpoint_freq": 1,
     "train.clip": 0,
     "train.seed": 0,
@@ -55,7 +57,7 @@ class DataConfig:
     name: str = "cityscapes"
     root: str | None = None  # by default data/NAME
     split: str | None = None  # by default the data set's training split
-    val_split: str | None = "val"  # the logged grid shows its maps; null shows training ones
+    val_split: str | None = "val"  # grid and validation show its frames; null takes training ones
     size: list[int] | None = None  # height and width, multiples of 64; null is the data set's own
     prompt: str | None = None  # one sentence for every sample; null is the data set's own
     num_workers: int = 4  # loader processes
@@ -73,11 +75,14 @@ class TrainConfig:
     only_mid_control: bool | None = None  # null is what the model file says
     precision: str = "auto"  # one of TRAINING_PRECISIONS; trained weights are float32 in all of them
     clip: float | None = None  # largest norm of the gradient
+    keep_latents: bool = False  # encode each image once and keep its latent in memory, a 24th of its size
     seed: int = 0
     gpus: list[int] | None = None  # GPU ids; null is automatic
     default_root_dir: str = "work_dir"
     logger_freq: int = 300  # optimizer steps between two logged grids
     grid_images: int = 4  # rows of a logged grid
+    val_freq: int = 1000  # optimizer steps between two measurements on the validation split; 0 makes none
+    val_samples: int = 16  # of a measurement, which costs 8 forward passes of each
     dry_run: bool = False  # one real step and its grid, a report, no checkpoint
     checkpoint_freq: int = 5000  # optimizer steps between two checkpoints; one is written at the end as well
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,8 @@ class ImageLogger(pl.Callback):
         if step == self.last_step or not self.samples:
             return
         self.last_step = step
-        was_training = model.training
-        model.eval()
-        try:
-            with trainer.precision_plugin.forward_context():
-                images = self.sample(model)
-        finally:
-            model.train(was_training)
+        with evaluating(trainer, model):
+            images = self.sample(model)
         picture = sheet([grid_row(sample, image) for sample, image in zip(self.samples, images, strict=True)])
         self.folder.mkdir(parents=True, exist_ok=True)
         write_png(self.folder / f"step={step:06d}.png", picture)
@@ -105,6 +101,18 @@ class ImageLogger(pl.Callback):
         prompts = [sample["txt"] for sample in self.samples]
         seeds = range(self.seed, self.seed + len(prompts))
         return generate(model, hint, prompts, seeds, self.settings).numpy()
+
+
+@contextmanager
+def evaluating(trainer: pl.Trainer, model: ControlLDM) -> Iterator[None]:
+    """Evaluation mode, no graph, the precision of the run; the mode comes back whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def grid_row(sample: Mapping[str, Any], image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:

@@ -22,7 +22,9 @@ from cldm.logger import ImageLogger, Samples
 from cldm.model import create_model, fast_precision, find_device, load_model_config, with_choices
 from cldm.progress import StepProgressBar, duration
 from cldm.saver import ControlCheckpoint
+from cldm.validation import LossCurve, Validation
 from cldm.weights import base_of
+from ldm.models.diffusion.memory import PosteriorMemory
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
         base, carried = base_of(start, config.model.base)
     model.learning_rate = config.train.lr
     model.sd_locked = config.train.sd_locked
+    model.memory = PosteriorMemory() if config.train.keep_latents else None
     notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
     return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
 
@@ -62,13 +65,33 @@ def build_loader(config: DictConfig, dataset: Dataset) -> DataLoader:
     )
 
 
-def build_callbacks(config: DictConfig, grid: Samples, saver: ControlCheckpoint) -> list[pl.Callback]:
-    """Checkpoints, sample grids and progress; a dry run writes no checkpoint and reports instead."""
+def build_callbacks(config: DictConfig, samples: Samples, saver: ControlCheckpoint) -> list[pl.Callback]:
+    """Sample grids, curves, progress and checkpoints; a dry run writes no checkpoint and reports instead.
+
+    samples  what grids show and validation measures
+    """
     settings = OmegaConf.to_object(config.sample)
-    images = ImageLogger(config.train.logger_freq, config.train.grid_images, samples=grid, settings=settings)
+    images = ImageLogger(
+        config.train.logger_freq, config.train.grid_images, samples=samples, settings=settings
+    )
     if config.train.dry_run:
         return [images, DryRunReport(config.train.max_steps, saver)]
-    return [images, StepProgressBar(), saver]
+    return [images, LossCurve(), *build_validation(config, samples), StepProgressBar(), saver]
+
+
+def build_validation(config: DictConfig, samples: Samples) -> list[pl.Callback]:
+    """Validation on the samples that have a photo; without a run or samples for it none, which is said."""
+    every, steps = config.train.val_freq, config.train.max_steps
+    if every == 0:
+        return []
+    measured = [sample for sample in samples if "jpg" in sample][: config.train.val_samples]
+    if steps < every:
+        log.info("no validation in %d steps: train.val_freq is %d, choose a lower one", steps, every)
+    elif len(measured) < 2:
+        log.warning("no validation: expected 2 or more frames with photos for it, found %d", len(measured))
+    else:
+        return [Validation(every, measured, batch_size=config.train.batch_size)]
+    return []
 
 
 def build_trainer(config: DictConfig, callbacks: Sequence[pl.Callback]) -> pl.Trainer:

@@ -26,12 +26,34 @@ FLAGS = {
         ),
         *("--attn_backend", "--overwrite"),
     },
+    "gradio_seg2image.py": {
+        *("--ckpt", "--base", "--config", "--size", "--examples", "--device", "--precision"),
+        *("--port", "--auth", "--listen", "--share"),
+    },
     "tool_add_control.py": {"--control", "--config", "--seed"},
+    "tool_demo_page.py": {
+        *(
+            "--data",
+            "--game",
+            "--run",
+            "--fresh",
+            "--shipped",
+            "--cards",
+            "--scene",
+            "--prompts",
+            "--commands",
+        ),
+    },
     "tool_doctor.py": {"--json"},
+    "tool_export.py": {"--to", "--dtype", "--base"},
+    "tool_judge_streets.py": {
+        *("--real", "--first_stage", "--images", "--labels", "--judge", "--count", "--device", "--out"),
+    },
     "tool_make_streets.py": {
         *("--domain", "--conditions", "--size", "--train", "--val", "--out", "--seed", "--workers"),
     },
     "tool_train_streets_base.py": {"--config", "--minutes", "--out", "--print_config"},
+    "tool_train_streets_judge.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
     "tutorial_dataset.py": {"--root", "--index"},
     "tutorial_train.py": {

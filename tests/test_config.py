@@ -248,7 +248,8 @@ def test_every_run_file_of_ours_fits_the_schema_and_names_model_files_that_exist
     repo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repo_root)
-    names = [path.stem for path in Path("configs").glob("*.yaml") if path.stem != "streets_vae"]  # own schema
+    stages = "streets_"  # they have schemas of their own
+    names = [path.stem for path in Path("configs").glob("*.yaml") if not path.stem.startswith(stages)]
     assert {"cityscapes", "fill50k"} <= set(names)
     for name in names:
         config = load_run_config(name, None, [])

@@ -45,6 +45,8 @@ HEALTHY = {
         "numpy": "2.4.6",
         "tensorboard": "2.21.0",
         "tqdm": "4.70.1",
+        "transformers": "5.23.0",
+        "torchmetrics": "1.9.0",
         "gradio": None,
     },
 }

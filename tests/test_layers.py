@@ -30,11 +30,11 @@ MAY_IMPORT = {
     "ldm.models": {"ldm.models", "ldm.modules", "ldm.util"},
     "cldm": {"cldm", "ldm"},
     "datasets": {"datasets"},
-    "metrics": {"metrics", "datasets", "ldm.priors.moments"},
+    "metrics": {"metrics", "cldm", "datasets", "ldm.priors.moments"},
     "webui": {"webui", "cldm", "datasets"},
 }
 RIM_ONLY = ("accelerate", "cleanfid", "diffusers", "gradio", "lpips", "scipy", "torchmetrics", "transformers")
-MAY_IMPORT_FROM_THE_RIM = {"metrics": {"scipy", "torchmetrics"}, "webui": {"gradio"}}
+MAY_IMPORT_FROM_THE_RIM = {"metrics": {"scipy", "torchmetrics", "transformers"}, "webui": {"gradio"}}
 SCRIPT_NAMES = {path.stem for path in scripts()}
 
 

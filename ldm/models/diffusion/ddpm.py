@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.models.diffusion.memory import PosteriorMemory
 from ldm.models.diffusion.schedule import NoiseSchedule, make_betas, min_snr_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
@@ -83,6 +84,7 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.cond_stage_key = cond_stage_key
         self.scale_factor = scale_factor
         self.learning_rate = 1e-5
+        self.memory: PosteriorMemory | None = None  # settable; keeps what was encoded, by the batch's `key`
         self.min_snr_gamma = 0.0  # settable; 0 weighs all noise levels alike
         self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
@@ -133,7 +135,12 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         bs  use the first `bs` samples only
         """
         image = channels_first(batch[k][:bs], self.device)
-        z = self.get_first_stage_encoding(self.encode_first_stage(image)).to(image.dtype)
+        posterior = (
+            self.memory.recall(batch["key"][:bs], image, self.encode_first_stage)
+            if self.memory and self.training
+            else self.encode_first_stage(image)
+        )
+        z = self.get_first_stage_encoding(posterior).to(image.dtype)
         return z, {"c_crossattn": [self.get_learned_conditioning(batch[self.cond_stage_key][:bs])]}
 
     # -- training ----------------------------------------------------------------------------------------
