@@ -54,7 +54,7 @@ class Floor:
 FLOORS = (
     Floor("torch", "2.10", SECURITY, "reading a foreign checkpoint can corrupt memory (CVE-2026-24747)"),
     Floor("pytorch-lightning", "2.6.6", SECURITY, "a foreign checkpoint can run code (CVE-2026-58659)"),
-    Floor("gradio", "6.16", SECURITY, "the web page can be made to hand out files of this machine"),
+    Floor("gradio", "6.17.3", SECURITY, "the web page can hand out files or load foreign scripts"),
     Floor("open-clip-torch", "3.0", BROKEN, "its transformer is not batch-first yet, and ours expects that"),
 )
 

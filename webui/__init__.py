@@ -1,0 +1,1 @@
+"""The web page: one builder, fed with a small description of the condition. Gradio is imported here alone."""

@@ -1,0 +1,67 @@
+"""What a visitor's file must be before anything decodes it; decided by content, never by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+FORMATS = ("PNG", "BMP", "TIFF", "WEBP", "JPEG")
+MAX_BYTES = 16 << 20
+MAX_PIXELS = 1 << 24  # 4096x4096; eight times a Cityscapes map
+KNOWN_STRANGERS = {b"GIF8": "a GIF", b"<svg": "SVG", b"<?xml": "SVG or other XML", b"%PDF": "a PDF"}
+
+
+def check_picture(path: Path) -> None:
+    """Refuse what is no single picture of moderate size; reads the header only.
+
+    Raises
+        ValueError  one sentence that begins with the path
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{path}: expected a file of at most {MAX_BYTES >> 20} MB, found {size >> 20} MB; make it smaller"
+        )
+    try:
+        # A list of formats, because Pillow has decoders for a hundred more.
+        with Image.open(path, formats=FORMATS) as image:
+            _check_header(image, path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(_too_large(path, "far more")) from error
+    except (OSError, SyntaxError) as error:  # what Pillow raises for a foreign, a cut and a damaged file
+        raise ValueError(
+            f"{path}: expected a picture ({', '.join(FORMATS)}), found {_name_content(path)}; save it as PNG"
+        ) from error
+
+
+def _check_header(image: Image.Image, path: Path) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(_too_large(path, f"{height}x{width}"))
+    if _has_more_frames(image):
+        raise ValueError(f"{path}: expected a single picture, found an animation; save one frame as PNG")
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Whether there is a second frame; counting them all would walk through the whole file."""
+    if image.format == "PNG":  # seeking would decode the first frame, and the count stands in the header
+        return getattr(image, "n_frames", 1) > 1
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _too_large(path: Path, found: str) -> str:
+    most = f"{MAX_PIXELS >> 20} million pixels"
+    return f"{path}: expected a picture of at most {most}, found {found}; make it smaller"
+
+
+def _name_content(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if b"<svg" in head:
+        return "SVG"
+    return next((name for magic, name in KNOWN_STRANGERS.items() if head.startswith(magic)), "none of these")
