@@ -52,6 +52,7 @@ class VAELossConfig:
     square: float = 0.0
     pyramid: float = 1.0
     pyramid_levels: int = 3
+    energy: float = 0.0
     edge: float = 1.0
     kl: float = 1e-4
 
@@ -142,6 +143,7 @@ VAE_AT_LEAST = {
     "loss.square": 0,
     "loss.pyramid": 0,
     "loss.pyramid_levels": 0,
+    "loss.energy": 0,
     "loss.edge": 0,
     "loss.kl": 0,
     "train.steps": 1,

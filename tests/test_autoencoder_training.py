@@ -95,10 +95,25 @@ def test_edges_count_more_and_the_mean_weight_is_one() -> None:
     torch.testing.assert_close(edge_weights(images(2, 3, 8, 8), 0.0), torch.ones(2, 1, 8, 8))
 
 
+def strengths(x: Tensor) -> list[np.ndarray]:
+    """Root mean square over windows of 4x4 at every second place, of the three bands of details."""
+    found, a = [], x.double().numpy()
+    for _ in range(3):
+        n = a.shape[-1] // 2
+        coarse = a.reshape(2, 3, n, 2, n, 2).mean(axis=(3, 5))
+        square = (a - np.kron(coarse, np.ones((2, 2)))) ** 2
+        places = range(0, 2 * n - 3, 2)
+        means = [[square[:, :, i : i + 4, j : j + 4].mean(axis=(2, 3)) for j in places] for i in places]
+        found.append(np.sqrt(np.array(means) + 0.01**2))
+        a = coarse
+    return found
+
+
 def test_terms_are_their_closed_forms() -> None:
     x, found = images(2, 3, 16, 16), images(2, 3, 16, 16, seed=1)
     parameters = images(2, 8, 2, 2, seed=2)
-    terms = loss_terms(x, found, DiagonalGaussianDistribution(parameters), LossWeights(edge=0))
+    weights = LossWeights(edge=0, energy=1)
+    terms = loss_terms(x, found, DiagonalGaussianDistribution(parameters), weights)
     difference = (found - x).double().numpy()
     mean, logvar = np.split(parameters.double().numpy(), 2, axis=1)
     bands = [difference.reshape(2, 3, n, 16 // n, n, 16 // n).mean(axis=(3, 5)) for n in (16, 8, 4, 2)]
@@ -107,6 +122,7 @@ def test_terms_are_their_closed_forms() -> None:
         "pixel": np.abs(difference).mean(),
         "square": (difference**2).mean(),
         "pyramid": sum(np.abs(band).mean() for band in [*details, bands[-1]]),
+        "energy": sum(np.abs(a - b).mean() for a, b in zip(strengths(x), strengths(found), strict=True)),
         "kl": 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum() / difference.size,
     }
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)

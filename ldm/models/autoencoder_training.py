@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
+STRENGTH_FLOOR = 0.01  # of details, below which their strength has no slope to speak of
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -26,6 +28,7 @@ class LossWeights:
     square: float = 0.0  # squared difference, more at edges
     pyramid: float = 1.0  # absolute difference of the Laplacian pyramids, summed over their levels
     pyramid_levels: int = 3
+    energy: float = 0.0  # absolute difference of the local strength of details, summed over the pyramid
     edge: float = 1.0  # how much more an edge of mean strength counts than a flat place
     kl: float = 1e-4  # nats for each image value: 1 / 48 of nats for each latent value at 8x down
 
@@ -63,17 +66,26 @@ def laplacian_pyramid(x: Tensor, levels: int) -> list[Tensor]:
     return [*bands, x]
 
 
+def local_strength(band: Tensor) -> Tensor:
+    """Root mean square of details over windows of 4x4; what texture keeps when its grain lies elsewhere."""
+    return (F.avg_pool2d(band**2, 4, stride=2) + STRENGTH_FLOOR**2).sqrt()
+
+
 def loss_terms(
     x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution, weights: LossWeights
 ) -> dict[str, Tensor]:
     """Each term of the loss by its name in `LossWeights`, not weighted."""
     difference = reconstruction - x
     at = edge_weights(x, weights.edge)
-    bands = laplacian_pyramid(difference, weights.pyramid_levels)  # linear, so one pyramid does for both
+    levels = weights.pyramid_levels
+    bands = laplacian_pyramid(difference, levels)  # linear, so one pyramid does for both
+    pairs = zip(*(laplacian_pyramid(image, levels)[:levels] for image in (x, reconstruction)), strict=True)
+    strengths = [(local_strength(a) - local_strength(b)).abs().mean() for a, b in pairs if weights.energy]
     return {
         "pixel": (at * difference.abs()).mean(),
         "square": (at * difference**2).mean(),
         "pyramid": torch.stack([band.abs().mean() for band in bands]).sum(),
+        "energy": torch.stack(strengths).sum() if strengths else x.new_zeros(()),
         "kl": posterior.kl().sum() / x.numel(),
     }
 
