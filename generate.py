@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cldm.cli import keep_freed_memory, refuse
-from cldm.config import SAMPLER_NAMES, SampleConfig, check_sample
+from cldm.config import SAMPLER_NAMES, SampleConfig
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
 from datasets.hints import HINT_TYPES, find_caption, find_hints, read_hint
 from datasets.label_space import LabelSpace, read_image
@@ -132,24 +132,14 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
 
     The size is filled in alike; the prompt too, where a hint has no caption of its own.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from cldm.recorded_run import read_recorded_run
 
-    from cldm.weights import recorded_yaml
-
-    run = recorded_yaml(args.ckpt, "run_config") or OmegaConf.create()
-    args.run_prompt = OmegaConf.select(run, "data.prompt")
-    args.size = tuple(args.size or OmegaConf.select(run, "data.size") or ()) or None
-    names = [field.name for field in fields(SampleConfig)]
-    recorded = {name: OmegaConf.select(run, f"sample.{name}") for name in names}
-    given = {name: getattr(args, name) for name in names}
-    chosen = {k: v for layer in (recorded, given) for k, v in layer.items() if v is not None}
-    try:
-        sample = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SampleConfig), chosen))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{args.ckpt}: its run_config: {str(error.msg).splitlines()[0]}") from error
-    check_sample(sample)
-    return sample
+    run = read_recorded_run(
+        args.ckpt, {field.name: getattr(args, field.name) for field in fields(SampleConfig)}
+    )
+    args.run_prompt = run.prompt
+    args.size = tuple(args.size) if args.size else run.size
+    return run.sample
 
 
 def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:

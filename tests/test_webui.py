@@ -26,6 +26,7 @@ import webui.session
 from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
 from cldm.generate import generate
+from cldm.recorded_run import read_recorded_run
 from cldm.tensor_writing import write_tensors
 from datasets.streets import render_frame
 from webui.condition import EXAMPLES, Hint
@@ -35,7 +36,7 @@ from webui.gate import is_address, is_open, paths_in
 from webui.look import show_refusal
 from webui.painter import Painter
 from webui.segmentation import SEGMENTATION, read_label_map
-from webui.session import MAX_PROMPT, Order, Session, load_session, read_recorded_run, safe_stem, split
+from webui.session import MAX_PROMPT, Order, Session, load_session, safe_stem, split
 from webui.uploads import MAX_BYTES
 
 # Of Cityscapes: label id, train id, colour of road, car, sky, and of what is void.
@@ -174,7 +175,7 @@ def test_a_session_takes_size_and_settings_from_the_run(
     recorded = load_session(tmp_path, tmp_path / "run.safetensors")
     assert (recorded.size, recorded.sample) == ((64, 192), SampleConfig(scale=2.5, sampler="dpm++2m"))
     assert recorded.marks["checkpoint"] == "run.safetensors"
-    assert read_recorded_run(tmp_path / "plain.safetensors") == (None, SampleConfig())
+    assert read_recorded_run(tmp_path / "plain.safetensors") == (None, None, SampleConfig())
     with pytest.raises(ValueError, match=r"bad.safetensors: its run_config"):
         read_recorded_run(tmp_path / "bad.safetensors")
 

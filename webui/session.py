@@ -143,31 +143,6 @@ def safe_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(name).stem)[:60].strip(".") or "image"
 
 
-class RecordedRun(NamedTuple):
-    """What a checkpoint says of the run that made it."""
-
-    size: Size | None
-    sample: SampleConfig
-
-
-def read_recorded_run(checkpoint: Path) -> RecordedRun:
-    """Size and sampling settings of the training run; a checkpoint of others has none, and gets defaults."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from cldm.weights import recorded_yaml
-
-    run = recorded_yaml(checkpoint, "run_config") or OmegaConf.create()
-    try:
-        given = OmegaConf.select(run, "sample") or {}
-        sample = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SampleConfig), given))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{checkpoint}: its run_config: {str(error.msg).splitlines()[0]}") from error
-    check_sample(sample)
-    size = OmegaConf.select(run, "data.size")
-    return RecordedRun(None if size is None else (int(size[0]), int(size[1])), sample)
-
-
 def load_session(
     folder: Path,
     checkpoint: Path,
@@ -184,6 +159,7 @@ def load_session(
         ValueError, OSError  one sentence
     """
     from cldm.model import create_model, load_model_config, model_config_of, place
+    from cldm.recorded_run import read_recorded_run
 
     run = read_recorded_run(checkpoint)
     model_config = load_model_config(config) if config else model_config_of(checkpoint)

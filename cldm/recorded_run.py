@@ -1,0 +1,44 @@
+"""How the training run of a checkpoint saw its data and sampled: sampling goes on in that way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cldm.config import SampleConfig, check_sample
+from cldm.weights import recorded_yaml
+
+
+class RecordedRun(NamedTuple):
+    """What a checkpoint says of the run that made it; None where it says nothing."""
+
+    size: tuple[int, int] | None
+    prompt: str | None
+    sample: SampleConfig
+
+
+def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) -> RecordedRun:
+    """Size, prompt and sampling settings of the training run; a checkpoint of others gets the defaults.
+
+    given  sampling settings that hold instead of the recorded ones; None leaves one as it is
+
+    Raises
+        ValueError  settings that no sampler takes, or a record that cannot be read
+    """
+    run = recorded_yaml(checkpoint, "run_config") or OmegaConf.create()
+    names = OmegaConf.structured(SampleConfig)
+    try:
+        recorded = {name: OmegaConf.select(run, f"sample.{name}") for name in names}
+        chosen = {k: v for layer in (recorded, given or {}) for k, v in layer.items() if v is not None}
+        sample = OmegaConf.to_object(OmegaConf.merge(names, chosen))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{checkpoint}: its run_config: {str(error.msg).splitlines()[0]}") from error
+    check_sample(sample)
+    size = OmegaConf.select(run, "data.size")
+    return RecordedRun(
+        None if size is None else (int(size[0]), int(size[1])), OmegaConf.select(run, "data.prompt"), sample
+    )
