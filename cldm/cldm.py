@@ -27,11 +27,18 @@ class HintFeatures(NamedTuple):
 
 
 def build_hint_block(hint_channels: int, model_channels: int) -> nn.Sequential:
-    """Hint to features of the size of the latent, 8x down: three convolutions stride, the last is zero."""
+    """Hint to features of the size of the latent, 8x down: three convolutions stride, the last is zero.
+
+    The others start as He et al. 2015 (arXiv:1502.01852) have it. With torch's own start each layer shrinks
+    what differs from place to place to a third; behind seven of them a hint is a constant, and the branch
+    learns for thousands of steps before it sees one.
+    """
     widths = (hint_channels, *HINT_WIDTHS)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(widths)):
         layers += [nn.Conv2d(a, b, 3, stride=2 if i in (2, 4, 6) else 1, padding=1), nn.SiLU()]
+        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+        nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers, zero_module(nn.Conv2d(widths[-1], model_channels, 3, padding=1)))
 
 

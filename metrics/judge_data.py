@@ -19,6 +19,7 @@ from datasets.streets.dataset import StreetsDataset
 from datasets.streets.photos import read_frames
 from datasets.streets.tree import count_cores
 
+SMOOTH_WINDOW = 5  # pixels
 LEAST_PIXELS = 20  # from which a class counts as shown in a frame
 
 
@@ -44,6 +45,8 @@ class Augmentation:
     shift: float
     blur: float
     blur_sigma: float
+    smooth: float = 0.0
+    smooth_contrast: float = 50.0
 
 
 def condition_of(key: str) -> int:
@@ -156,4 +159,7 @@ def change(image: Rgb, how: Augmentation, rng: np.random.Generator) -> Rgb:
     blurred, sigma = rng.random() < how.blur, rng.uniform(0.1, how.blur_sigma)
     if blurred:
         changed = cv2.GaussianBlur(changed, (0, 0), sigma)
+    smoothed, contrast = rng.random() < how.smooth, rng.uniform(0, how.smooth_contrast)
+    if smoothed:
+        changed = cv2.bilateralFilter(changed, SMOOTH_WINDOW, contrast, SMOOTH_WINDOW / 2)
     return np.asarray(changed.clip(0, 255).round(), np.uint8)

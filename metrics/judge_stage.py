@@ -41,6 +41,8 @@ class AugmentConfig:
     shift: float = 8.0  # and moved by this at most, of 255
     blur: float = 0.3  # share of crops that are blurred
     blur_sigma: float = 1.0  # pixels, at most
+    smooth: float = 0.0  # share of crops that lose their texture and keep their edges, as from an autoencoder
+    smooth_contrast: float = 50.0  # of 255; what contrasts less than this at most counts as texture
 
 
 @dataclass
@@ -90,6 +92,8 @@ JUDGE_AT_LEAST = {
     "augment.shift": 0,
     "augment.blur": 0,
     "augment.blur_sigma": 0.1,
+    "augment.smooth": 0,
+    "augment.smooth_contrast": 1,
     "loss.class_power": 0,
     "loss.condition": 0,
     "train.steps": 1,

@@ -14,7 +14,7 @@ from oracles import randomize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cldm.cldm import ControlLDM, ControlledUnetModel, ControlNet, guess_mode_scales, scaled
+from cldm.cldm import ControlLDM, ControlledUnetModel, ControlNet, build_hint_block, guess_mode_scales, scaled
 from cldm.model import create_model
 from ldm.util import instantiate_from_config
 
@@ -458,3 +458,18 @@ def test_published_attributes(tiny_yaml: Path) -> None:
     assert {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod"} <= buffers
     modules = dict(model.named_children())
     assert set(modules) == {"model", "control_model", "first_stage_model", "cond_stage_model"}
+
+
+def test_a_fresh_hint_block_keeps_what_differs_from_place_to_place() -> None:
+    torch.manual_seed(0)
+    block = build_hint_block(3, 32)
+    *convolutions, last = [layer for layer in block if isinstance(layer, torch.nn.Conv2d)]
+    for convolution in convolutions:  # He et al. 2015, Eq. 10
+        fan_in = convolution.weight[0].numel()
+        spread = 4 * (2 / fan_in) ** 0.5 / (2 * convolution.weight.numel()) ** 0.5
+        assert convolution.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, abs=spread)
+        assert not convolution.bias.any()
+    assert not last.weight.any()
+    with torch.no_grad():
+        features = block[:-1](torch.rand(2, 3, 64, 128).round())
+    assert features.std(dim=(2, 3)).mean() > 0.02  # 0.0005 with torch's own start

@@ -153,6 +153,19 @@ def test_light_and_focus_change_within_their_limits_and_no_more() -> None:
     assert np.abs(found - expected).mean() < 0.5
 
 
+def test_smoothing_takes_texture_and_leaves_edges() -> None:
+    grain = np.random.default_rng(0).integers(-8, 9, (40, 40, 3))
+    step = np.where(np.arange(40) < 20, 50, 200)[None, :, None]
+    image = (grain + step).astype(np.uint8)
+    rng = np.random.default_rng(1)
+    how = Augmentation(0, 0, 0, 1, smooth=1, smooth_contrast=60)
+    found = np.stack([change(image, how, rng) for _ in range(20)]).astype(float)
+    for side, level in ((slice(0, 20), 50), (slice(20, 40), 200)):
+        flat = found[:, :, side]
+        assert abs(flat[:, :, [0, -1]].mean() - level) < 3
+        assert flat.std(axis=(1, 2)).min() < 0.4 * grain.std()
+
+
 # -- its loss ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,75 @@
+"""The weights that ship: what the table says of them, what they were trained on, that they work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cldm.config import SampleConfig
+from cldm.digests import sha256_of
+from cldm.generate import generate
+from cldm.model import create_model, model_config_of
+from cldm.tensor_files import read_metadata, read_tensors
+from datasets.label_space import LabelSpace
+from datasets.streets import RENDERER_VERSION, render_frame, renderer_hash
+from metrics.judge import StreetsJudge
+
+ROW = re.compile(r"^\| `(\w*streets\w*\.safetensors)` \| .*\| `([0-9a-f]{64})` \|$", re.MULTILINE)
+LIMIT = 60e6  # bytes of all of them
+
+
+@pytest.fixture(scope="module")
+def shipped(repo_root: Path) -> dict[str, Path]:
+    """The files that the table of models/README.md names."""
+    rows = ROW.findall((repo_root / "models/README.md").read_text(encoding="utf-8"))
+    return {name: repo_root / "models" / name for name, _ in rows}
+
+
+def test_the_table_has_the_files_and_their_hashes(shipped: dict[str, Path], repo_root: Path) -> None:
+    assert set(shipped) == {
+        "streets_base.safetensors",
+        "control_streets.safetensors",
+        "streets_judge.safetensors",
+    }
+    for name, digest in ROW.findall((repo_root / "models/README.md").read_text(encoding="utf-8")):
+        assert sha256_of(shipped[name]) == digest, name
+
+
+def test_together_they_stay_small_and_in_half_precision(shipped: dict[str, Path]) -> None:
+    assert sum(path.stat().st_size for path in shipped.values()) < LIMIT
+    for path in shipped.values():
+        large = {value.dtype for value in read_tensors(path).values() if value.numel() > 1000}
+        assert large == {torch.float16}, path
+
+
+@pytest.mark.parametrize("name", ["streets_base.safetensors", "streets_judge.safetensors"])
+def test_the_renderer_is_the_one_they_were_trained_on(shipped: dict[str, Path], name: str) -> None:
+    assert read_metadata(shipped[name])["renderer"] == f"{RENDERER_VERSION} {renderer_hash()}"
+
+
+def test_the_judge_sees_a_street(shipped: dict[str, Path]) -> None:
+    judge = StreetsJudge.load(shipped["streets_judge.safetensors"])
+    frame = render_frame(1_000_000, (128, 256), domain="camera", condition="clear")
+    truth = LabelSpace.load("cityscapes").to_train_ids(frame.label_ids, "a frame")
+    known = truth != 255
+    assert (judge(frame.image[None])[0] == truth)[known].mean() > 0.8
+
+
+def test_the_control_finds_its_base_and_samples(shipped: dict[str, Path]) -> None:
+    path = shipped["control_streets.safetensors"]
+    model = create_model(model_config_of(path), path).eval()
+    frame = render_frame(1_000_000, (64, 128), domain="camera", condition="night")
+    space = LabelSpace.load("cityscapes")
+    colours = space.paint(space.to_train_ids(frame.label_ids, "a frame"))
+    hint = torch.from_numpy(colours).permute(2, 0, 1)[None].float() / 255
+    settings = SampleConfig(steps=4, sampler="dpm++2m", scale=3.0)
+    dark, bright = (
+        generate(model, hint, [f"a photo of a city street {when}"], [0], settings).numpy().mean()
+        for when in ("at night", "in the snow")
+    )
+    assert np.isfinite(dark)
+    assert dark < bright - 30  # of 255
