@@ -178,7 +178,7 @@ def samples_section(story: Story) -> list[Html]:
         return [missing("samples of both controls for the same validation maps", DEMO)]
     text = (
         "Maps that no training has seen. The fresh control is the one that was trained above for some "
-        "minutes, the shipped one was trained for hours. The photo is the renderer's own: a sample need not "
+        "minutes, the shipped one was trained for longer. The photo is the renderer's own: a sample need not "
         "look like it, but must show the same things in the same places, in the weather of the prompt."
     )
     return [tag("p", text), gallery(shown, 5), *story.commands("samples")]
