@@ -14,51 +14,35 @@ configs/streets_base.yaml with the key=value lines over it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import keep_freed_memory, refuse
-from cldm.stages import BaseStage, check_base_stage, identity_of, load_stage
+from cldm.cli import keep_freed_memory
+from cldm.stage_script import closing_line, parse_stage_args, read_stage, run_stage
+from cldm.stages import BaseStage, check_base_stage, identity_of
 from datasets.streets.photos import captions_by_condition, make_missing_trees, read_photos, trees_of
 
 log = logging.getLogger("tool_train_streets_base")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    add = parser.add_argument
-    add("--config", default="configs/streets_base.yaml", help="run file (default: %(default)s)")
-    add("--minutes", type=float, default=None, help="of training in this slice (default: slice.minutes)")
-    add("--out", type=Path, default=None, help="file to write (default: base.safetensors in slice.folder)")
-    add("--print_config", action="store_true", help="print the settings and exit")
-    add("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.lr=5e-4")
-    return parser.parse_intermixed_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings -> photos -> latents -> a slice of training -> file and report."""
-    args = parse_args(argv)
-    flags = [] if args.minutes is None else [f"slice.minutes={args.minutes}"]
-    try:
-        config = load_stage(BaseStage, args.config, [*flags, *args.overrides])
-        check_base_stage(config)
-        if args.print_config:
-            print(OmegaConf.to_yaml(config))
-            return
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        out = args.out or Path(config.slice.folder) / "base.safetensors"
-        report(run_slice(config, out), out)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
+    args = parse_stage_args(argv, __doc__, "configs/streets_base.yaml", "base.safetensors")
+    config = read_stage(args, BaseStage, check_base_stage)
+    if args.print_config:
+        print(OmegaConf.to_yaml(config))
+        return
+    run_stage(args, config, train)
+
+
+def train(config: DictConfig, out: Path) -> None:
+    """One slice."""
+    report(run_slice(config, out), out)
 
 
 def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
@@ -69,7 +53,7 @@ def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
     from cldm.digests import sha256_of
     from cldm.model import create_model, load_model_config
     from cldm.slices import TrainingSlice, read_progress
-    from cldm.stage_trainer import build_stage_trainer, steps_from
+    from cldm.stage_trainer import train_slice
 
     train, section = config.train, config.slice
     keep_freed_memory()
@@ -88,14 +72,8 @@ def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
     times = {"minutes": section.minutes, "save_minutes": section.save_minutes}
     running = TrainingSlice(section.folder, module.trained, progress, identity, decay=train.average, **times)
     figures = figures_of(config, model, running)
-    if progress.step < train.steps:
-        batches = batches_of(config, model, digest)
-        log.info("%d parameters", sum(p.numel() for p in module.trained.parameters()))
-        trainer = build_stage_trainer(train.steps - progress.step, train.precision, [running, figures])
-        trainer.fit(module, steps_from(batches, progress.step))
-    else:  # all steps are done: write the file again
-        running.load_weights()
-        figures.measure({})
+    log.info("%d parameters", sum(p.numel() for p in module.trained.parameters()))
+    train_slice(module, lambda: batches_of(config, model, digest), train, running, figures)
     write_base(out, model, running, notes_of(config, model_file, figures.last))
     return {**figures.last, "steps": train.steps}
 
@@ -144,7 +122,7 @@ def report(last: dict[str, Any], out: Path) -> None:
     """Say what the slice reached."""
     print(f"step {last['step']} of {last['steps']}, {last['cpu_hours']:.2f} CPU-hours, in {out}")
     print(f"loss on held-out photos {last['val_loss']:.4f}")
-    print("the run is complete" if last["step"] == last["steps"] else "the same command continues")
+    print(closing_line(last))
 
 
 if __name__ == "__main__":

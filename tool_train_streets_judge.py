@@ -14,10 +14,8 @@ configs/streets_judge.yaml with the key=value lines over it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -26,45 +24,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import keep_freed_memory, refuse
-from cldm.stages import identity_of, load_stage
+from cldm.cli import keep_freed_memory
+from cldm.stage_script import closing_line, parse_stage_args, read_stage, run_stage
+from cldm.stages import identity_of
 from datasets import find_entry, missing_paths
 from metrics.judge_stage import JudgeStage, check_judge_stage
 
 log = logging.getLogger("tool_train_streets_judge")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    add = parser.add_argument
-    add("--config", default="configs/streets_judge.yaml", help="run file (default: %(default)s)")
-    add("--minutes", type=float, default=None, help="of training in this slice (default: slice.minutes)")
-    add("--out", type=Path, default=None, help="file to write (default: judge.safetensors in slice.folder)")
-    add("--print_config", action="store_true", help="print the settings and exit")
-    add("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.lr=5e-4")
-    return parser.parse_intermixed_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings -> frames -> a slice of training -> file and report."""
-    args = parse_args(argv)
-    flags = [] if args.minutes is None else [f"slice.minutes={args.minutes}"]
-    try:
-        config = load_stage(JudgeStage, args.config, [*flags, *args.overrides])
-        check_judge_stage(config)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
+    args = parse_stage_args(argv, __doc__, "configs/streets_judge.yaml", "judge.safetensors")
+    config = read_stage(args, JudgeStage, check_judge_stage)
     if args.print_config:
         print(OmegaConf.to_yaml(config))
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    out = args.out or Path(config.slice.folder) / "judge.safetensors"
-    try:
-        train(config, out)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
+    run_stage(args, config, train)
 
 
 def make_missing_frames(config: DictConfig) -> None:
@@ -99,7 +75,7 @@ def run_slice(
     import pytorch_lightning as pl
 
     from cldm.slices import TrainingSlice
-    from cldm.stage_trainer import build_stage_trainer, steps_from
+    from cldm.stage_trainer import train_slice
     from ldm.models.autoencoder_training import learning_rate
     from metrics.judge_training import JudgeFigures, build_judge_training, write_average
 
@@ -114,13 +90,7 @@ def run_slice(
         held_out, running, section.folder, freq=section.log_freq, pictures=section.pictures
     )
     log.info("%d frames, %d parameters", len(frames), sum(p.numel() for p in module.parameters()))
-    if progress.step < train.steps:
-        left = train.steps - progress.step
-        trainer = build_stage_trainer(left, train.precision, [running, figures])
-        trainer.fit(module, steps_from(cut_crops(config, frames), progress.step))
-    else:  # all steps are done: write the file again
-        running.load_weights()
-        figures.measure({})
+    train_slice(module, lambda: cut_crops(config, frames), train, running, figures)
     write_average(out, module.network, running.average, notes_of(config, figures))
     return {**figures.last, "steps": train.steps, "scores": figures.scores}
 
@@ -159,7 +129,7 @@ def report(last: dict[str, Any], out: Path) -> None:
         f"mIoU {last['miou']:.4f}, pixel accuracy {last['pixel_accuracy']:.4f}, condition accuracy"
         f" {last['condition_accuracy']:.4f}; judge in {out}"
     )
-    print("the run is complete" if last["step"] == last["steps"] else "the same command continues")
+    print(closing_line(last))
 
 
 if __name__ == "__main__":

@@ -13,60 +13,31 @@ first_stage_model.*; the settings are configs/streets_vae.yaml with the key=valu
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import keep_freed_memory, refuse
-from cldm.stages import VAEStage, check_vae_stage, identity_of, load_stage
+from cldm.cli import keep_freed_memory
+from cldm.stage_script import closing_line, parse_stage_args, read_stage, run_stage
+from cldm.stages import VAEStage, check_vae_stage, identity_of
 
 log = logging.getLogger("tool_train_streets_vae")
 
 MOMENT_FRAMES = 500  # of the training photos; enough for the moments of the latents
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    add = parser.add_argument
-    add("--config", default="configs/streets_vae.yaml", help="run file (default: %(default)s)")
-    add("--minutes", type=float, default=None, help="of training in this slice (default: slice.minutes)")
-    add(
-        "--out",
-        type=Path,
-        default=None,
-        help="file to write (default: first_stage.safetensors in slice.folder)",
-    )
-    add("--print_config", action="store_true", help="print the settings and exit")
-    add("overrides", nargs="*", metavar="key=value", help="any setting, e.g. train.lr=5e-4")
-    return parser.parse_intermixed_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings -> photos -> a slice of training -> file and report."""
-    args = parse_args(argv)
-    flags = [] if args.minutes is None else [f"slice.minutes={args.minutes}"]
-    try:
-        config = load_stage(VAEStage, args.config, [*flags, *args.overrides])
-        check_vae_stage(config)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
+    args = parse_stage_args(argv, __doc__, "configs/streets_vae.yaml", "first_stage.safetensors")
+    config = read_stage(args, VAEStage, check_vae_stage)
     if args.print_config:
         print(OmegaConf.to_yaml(config))
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    out = args.out or Path(config.slice.folder) / "first_stage.safetensors"
-    try:
-        train(config, out)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
+    run_stage(args, config, train)
 
 
 def train(config: DictConfig, out: Path) -> None:
@@ -91,7 +62,7 @@ def run_slice(
     from cldm.first_stage import Reconstructions, build_training, spread, write_first_stage
     from cldm.model import load_model_config
     from cldm.slices import TrainingSlice
-    from cldm.stage_trainer import build_stage_trainer, steps_from
+    from cldm.stage_trainer import train_slice
 
     keep_freed_memory()
     train, section = config.train, config.slice
@@ -106,13 +77,7 @@ def run_slice(
         held_out, running, section.folder, freq=section.log_freq, pictures=section.pictures
     )
     log.info("%d photos, %d parameters", len(photos), sum(p.numel() for p in module.parameters()))
-    if progress.step < train.steps:
-        left = train.steps - progress.step
-        trainer = build_stage_trainer(left, train.precision, [running, figures])
-        trainer.fit(module, steps_from(cut_crops(config, photos), progress.step))
-    else:  # all steps are done: write the file again
-        running.load_weights()
-        figures.measure({})
+    train_slice(module, lambda: cut_crops(config, photos), train, running, figures)
     some = photos.images[spread(len(photos), MOMENT_FRAMES)]
     scale_factor = model_file.model.params.scale_factor
     notes = notes_of(config, model_file, figures.last)
@@ -151,7 +116,7 @@ def report(last: dict[str, Any], out: Path) -> None:
     print(
         f"latents: standard deviations {std}; in {out} they are 1 after scale_factor {last['scale_factor']}"
     )
-    print("the run is complete" if last["step"] == last["steps"] else "the same command continues")
+    print(closing_line(last))
 
 
 if __name__ == "__main__":

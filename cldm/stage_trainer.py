@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
 from cldm.progress import StepProgressBar
+from cldm.slices import TrainingSlice
+from cldm.stage_figures import StageFigures
 from cldm.trainer import quiet_lightning
 
 
@@ -38,3 +41,24 @@ def build_stage_trainer(
         enable_progress_bar=bool(bar),
         **options,
     )
+
+
+def train_slice(
+    module: pl.LightningModule,
+    make_batches: Callable[[], Dataset],
+    train: DictConfig,
+    running: TrainingSlice,
+    figures: StageFigures,
+) -> None:
+    """Go on where the run stands until the time of the slice is over; a complete run is loaded and measured.
+
+    make_batches  those of the whole run, asked for only if there is something left to do
+    train         the section of the stage's settings
+    """
+    step = running.progress.step
+    if step < train.steps:
+        trainer = build_stage_trainer(train.steps - step, train.precision, [running, figures])
+        trainer.fit(module, steps_from(make_batches(), step))
+    else:
+        running.load_weights()
+        figures.measure({})
