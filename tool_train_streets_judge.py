@@ -107,6 +107,7 @@ def cut_crops(config: DictConfig, frames: Any) -> Any:
         batch=train.batch_size,
         crop=tuple(train.crop),
         rare_power=train.rare_power,
+        rare_share=train.rare_share,
         augmentation=Augmentation(**config.augment),
     )
 

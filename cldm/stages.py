@@ -186,11 +186,14 @@ def load_stage(schema: type, run_file: str | Path, overrides: Sequence[str]) -> 
     return merge_layers(schema, [(read_yaml(Path(run_file)), str(run_file))], overrides)
 
 
-def check_training(config: DictConfig) -> None:
-    """Refuse what no stage can do: no photos, no learning rate, an average that never moves."""
-    train, data = config.train, config.data
+def check_photos(data: DictConfig) -> None:
+    """Refuse a run without photos."""
     if data.camera_frames + data.game_frames == 0:
         raise ValueError("expected photos to train on, found data.camera_frames=0 and data.game_frames=0")
+
+
+def check_training(train: DictConfig) -> None:
+    """Refuse what no stage can do: no learning rate, an average that never moves, a precision of no name."""
     if not train.lr > 0:
         raise ValueError(f"expected train.lr above 0, found {train.lr}")
     if train.average >= 1:
@@ -198,6 +201,13 @@ def check_training(config: DictConfig) -> None:
     if train.precision not in PRECISIONS:
         names = ", ".join(PRECISIONS)
         raise ValueError(f"expected train.precision to be one of {names}, found {train.precision!r}")
+
+
+def check_at_most_1(config: DictConfig, keys: Sequence[str]) -> None:
+    """Refuse a share of more than all."""
+    for key in keys:
+        if OmegaConf.select(config, key) > 1:
+            raise ValueError(f"expected {key} of at most 1, found {OmegaConf.select(config, key)}")
 
 
 def check_size_of(config: DictConfig, key: str, step: int) -> None:
@@ -210,11 +220,12 @@ def check_size_of(config: DictConfig, key: str, step: int) -> None:
 def check_vae_stage(config: DictConfig) -> None:
     """Refuse numbers that no run of the first stage can have."""
     check_at_least(config, VAE_AT_LEAST)
-    check_training(config)
-    train, data = config.train, config.data
-    if train.last_share > 1:
-        raise ValueError(f"expected train.last_share of at most 1, found {train.last_share}")
-    step = 2 ** max(3, config.loss.pyramid_levels)  # the autoencoder halves three times
+    check_photos(config.data)
+    check_training(config.train)
+    train, data, levels = config.train, config.data, config.loss.pyramid_levels
+    check_at_most_1(config, ("train.last_share",))
+    # the autoencoder halves three times; the strength of details takes windows of 4 in the last band
+    step = 2 ** max(3, levels + 1 if config.loss.energy else levels)
     for key in ("data.size", "train.crop", "train.last_crop"):
         check_size_of(config, key, step)
     for key in ("crop", "last_crop"):
@@ -225,7 +236,8 @@ def check_vae_stage(config: DictConfig) -> None:
 def check_base_stage(config: DictConfig) -> None:
     """Refuse numbers that no run of the second stage can have."""
     check_at_least(config, BASE_AT_LEAST)
-    check_training(config)
+    check_photos(config.data)
+    check_training(config.train)
     check_sample(config.sample)
     if config.train.drop >= 1:
         raise ValueError(f"expected train.drop below 1, found {config.train.drop}")

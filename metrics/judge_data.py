@@ -18,6 +18,7 @@ from datasets.streets.caption import WEATHER
 from datasets.streets.dataset import StreetsDataset
 from datasets.streets.photos import read_frames
 from datasets.streets.tree import count_cores
+from metrics.segmentation import VOID
 
 SMOOTH_WINDOW = 5  # pixels
 LEAST_PIXELS = 20  # from which a class counts as shown in a frame
@@ -94,12 +95,19 @@ def class_weights(labels: NDArray[np.uint8], num_classes: int, power: float) -> 
     return weights / (weights * share).sum()
 
 
-def frame_weights(labels: NDArray[np.uint8], num_classes: int, power: float) -> NDArray[np.float64]:
-    """(N,) chances of the frames, larger where one shows a class that few of them do (Hoyer et al. 2022)."""
+def rarest_classes(
+    labels: NDArray[np.uint8], num_classes: int, power: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of each frame the class that the fewest frames show, and its chance to be drawn (Hoyer et al. 2022).
+
+    (N,) class, void in a frame that shows none; (N,) chances, by the share of frames to the power of -`power`
+    """
     shown = np.stack([(labels == k).sum(axis=(1, 2)) >= LEAST_PIXELS for k in range(num_classes)], axis=1)
-    rarity = shown.mean(axis=0).clip(min=1 / len(labels)) ** -power
-    weights = np.maximum((shown * rarity).max(axis=1), 1)
-    return weights / weights.sum()
+    share = shown.mean(axis=0).clip(min=1 / len(labels))
+    among = np.where(shown, share, np.inf)
+    rarest = np.where(shown.any(axis=1), among.argmin(axis=1), VOID)
+    weights = np.minimum(among.min(axis=1), 1) ** -power
+    return rarest, weights / weights.sum()
 
 
 class LabelledCrops:
@@ -114,25 +122,27 @@ class LabelledCrops:
         batch: int,
         crop: Size,
         rare_power: float,
+        rare_share: float = 0.0,
         augmentation: Augmentation,
     ) -> None:
         self.frames, self.steps, self.seed = frames, steps, seed
         self.batch, self.crop, self.augmentation = batch, crop, augmentation
         num_classes = LabelSpace.load(StreetsDataset.label_space).num_classes
-        self.chances = frame_weights(frames.labels, num_classes, rare_power)
+        self.rare_share = rare_share
+        self.rarest, self.chances = rarest_classes(frames.labels, num_classes, rare_power)
 
     def __len__(self) -> int:
         """Number of batches."""
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Frames drawn by their chances, places uniform, half mirrored, light and focus changed."""
+        """Frames drawn by their chances, half mirrored, light and focus changed."""
         rng = np.random.default_rng([self.seed, step])
         chosen = rng.choice(len(self.frames), size=self.batch, p=self.chances)
         images = np.empty((self.batch, *self.crop, 3), np.uint8)
         labels = np.empty((self.batch, *self.crop), np.uint8)
         for row, i in enumerate(chosen):
-            window = self.window(rng)
+            window = self.window(i, rng)
             image, ids = self.frames.images[i][window], self.frames.labels[i][window]
             side = slice(None, None, -1 if rng.random() < 0.5 else 1)
             images[row], labels[row] = change(image[:, side], self.augmentation, rng), ids[:, side]
@@ -144,10 +154,18 @@ class LabelledCrops:
             "step": step,
         }
 
-    def window(self, rng: np.random.Generator) -> tuple[slice, slice]:
-        """Rows and columns of a crop."""
-        whole = self.frames.labels.shape[1:]
-        y, x = (int(rng.integers(limit - side + 1)) for limit, side in zip(whole, self.crop, strict=True))
+    def window(self, frame: int, rng: np.random.Generator) -> tuple[slice, slice]:
+        """Rows and columns of a crop: anywhere, or around a pixel of the frame's rarest class."""
+        labels = self.frames.labels[frame]
+        room = [limit - side for limit, side in zip(labels.shape, self.crop, strict=True)]
+        low, high = [0, 0], room
+        if rng.random() < self.rare_share:
+            places = np.flatnonzero(labels == self.rarest[frame])
+            if len(places):
+                at = np.unravel_index(rng.choice(places), labels.shape)
+                low = [max(0, int(p) - side + 1) for p, side in zip(at, self.crop, strict=True)]
+                high = [min(limit, int(p)) for p, limit in zip(at, room, strict=True)]
+        y, x = (int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
         return slice(y, y + self.crop[0]), slice(x, x + self.crop[1])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig
 
 from cldm.config import check_at_least
-from cldm.stages import PRECISIONS, SliceConfig, check_size_of
+from cldm.stages import SliceConfig, check_at_most_1, check_size_of, check_training
 
 
 @dataclass
@@ -61,6 +61,7 @@ class JudgeTrainConfig:
     batch_size: int = 8
     crop: list[int] = field(default_factory=lambda: [128, 128])
     rare_power: float = 0.5  # frames are drawn by the share of frames with their rarest class, to minus this
+    rare_share: float = 0.0  # of crops that show that class for sure
     lr: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.01
@@ -99,6 +100,7 @@ JUDGE_AT_LEAST = {
     "train.steps": 1,
     "train.batch_size": 1,
     "train.rare_power": 0,
+    "train.rare_share": 0,
     "train.warmup": 0,
     "train.weight_decay": 0,
     "train.clip": 0,
@@ -118,16 +120,8 @@ def check_judge_stage(config: DictConfig) -> None:
     check_at_least(config, JUDGE_AT_LEAST)
     check_network(config.model)
     train = config.train
-    if not train.lr > 0:
-        raise ValueError(f"expected train.lr above 0, found {train.lr}")
-    if train.average >= 1 or config.augment.blur > 1:
-        raise ValueError(
-            "expected train.average below 1 and augment.blur of at most 1, found"
-            f" {train.average} and {config.augment.blur}"
-        )
-    if train.precision not in PRECISIONS:
-        names = ", ".join(PRECISIONS)
-        raise ValueError(f"expected train.precision to be one of {names}, found {train.precision!r}")
+    check_training(train)
+    check_at_most_1(config, ("augment.blur", "augment.smooth", "train.rare_share"))
     for key in ("data.size", "train.crop"):
         check_size_of(config, key, 2 ** len(config.model.hidden))
     if any(side > limit for side, limit in zip(train.crop, config.data.size, strict=True)):

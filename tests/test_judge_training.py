@@ -29,7 +29,7 @@ from metrics.judge_data import (
     class_weights,
     condition_in,
     condition_of,
-    frame_weights,
+    rarest_classes,
     read_labelled,
 )
 from metrics.judge_stage import JudgeStage, check_judge_stage
@@ -107,6 +107,23 @@ def test_crops_show_photo_map_and_condition_of_the_same_place() -> None:
     assert sides == {1, -1}  # plain and mirrored
 
 
+def test_a_share_of_the_crops_shows_the_rarest_class_of_its_frame() -> None:
+    labels = np.zeros((5, 32, 96), np.uint8)
+    for i, (y, x) in enumerate([(0, 0), (27, 91), (0, 50), (13, 0)]):
+        labels[i, y : y + 5, x : x + 5] = 7
+    conditions = np.zeros(5, np.int64)
+    frames = LabelledFrames(np.repeat(labels[..., None], 3, axis=3), labels, conditions, list("abcde"))
+    # so high a power that the last frame, which lacks the class, is never drawn
+    how = {"seed": 2, "batch": 50, "crop": (16, 24), "rare_power": 50.0, "augmentation": PLAIN}
+    shows = {}
+    for share in (0.0, 0.5, 1.0):
+        batches = [LabelledCrops(frames, 20, rare_share=share, **how)[step]["label"] for step in range(20)]
+        shows[share] = np.mean([(crop == 7).any() for batch in batches for crop in batch])
+    assert shows[1.0] == 1
+    assert shows[0.0] < 0.45
+    assert abs(shows[0.5] - (shows[0.0] + 1) / 2) < 0.06
+
+
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
     how = {"batch": 3, "crop": (16, 16), "rare_power": 1.0, "augmentation": Augmentation(0.1, 8, 0.5, 1)}
     first, second, other = (LabelledCrops(marked_frames(), 9, seed=seed, **how) for seed in (1, 1, 2))
@@ -129,11 +146,12 @@ def test_rare_classes_weigh_more_and_their_frames_are_drawn_more_often() -> None
     expected = np.array([share[0] ** -0.5, 0, share[2] ** -0.5, share[3] ** -0.5])
     expected /= (expected * share).sum()
     np.testing.assert_allclose(class_weights(labels, 4, 0.5), expected)
-    chances = frame_weights(labels, 4, 1.0)
+    rarest, chances = rarest_classes(labels, 4, 1.0)
+    assert rarest.tolist() == [3, 0, 0, 0, 0, 0, 0, 255]
     assert chances[0] / chances[1] == pytest.approx(8 / (8 / 7))
     assert chances[5] == chances[1]
     assert chances.sum() == pytest.approx(1)
-    np.testing.assert_allclose(frame_weights(labels, 4, 0.0), 1 / 8)
+    np.testing.assert_allclose(rarest_classes(labels, 4, 0.0)[1], 1 / 8)
 
 
 def test_light_and_focus_change_within_their_limits_and_no_more() -> None:
@@ -295,6 +313,7 @@ def test_a_pole_of_one_pixel_is_learned(tmp_path: Path) -> None:
         ("train.precision=64", "train.precision to be one of 32-true, bf16-mixed, found '64'"),
         ("train.average=1.0", "train.average below 1"),
         ("augment.blur=1.5", "augment.blur of at most 1"),
+        ("augment.smooth=1.5", "augment.smooth of at most 1"),
         ("model.depths=[1,1]", "an entry for each stage"),
         ("model.hidden=[32,40,64,64]", "model.hidden in multiples of 32"),
         ("model.reductions=[0,1,1,1]", "1 or more in every entry"),
