@@ -14,7 +14,6 @@ configs/streets_base.yaml with the key=value lines over it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory
-from cldm.stage_script import closing_line, parse_stage_args, read_stage, run_stage
+from cldm.stage_script import closing_line, notes_of, parse_stage_args, read_stage, run_stage
 from cldm.stages import BaseStage, check_base_stage, identity_of
 from datasets.streets.photos import captions_by_condition, make_missing_trees, read_photos, trees_of
 
@@ -54,6 +53,7 @@ def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
     from cldm.model import create_model, load_model_config
     from cldm.slices import TrainingSlice, read_progress
     from cldm.stage_trainer import train_slice
+    from datasets.streets import RENDERER_VERSION, renderer_hash
 
     train, section = config.train, config.slice
     keep_freed_memory()
@@ -67,14 +67,15 @@ def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
     progress = read_progress(section.folder, identity)
     make_missing_trees(config.data)
     model.min_snr_gamma = train.min_snr_gamma
-    names = ("lr", "warmup", "steps", "seed", "weight_decay", "clip")
-    module = BaseTraining(model, **{name: train[name] for name in names})
+    module = BaseTraining(model, train)
     times = {"minutes": section.minutes, "save_minutes": section.save_minutes}
     running = TrainingSlice(section.folder, module.trained, progress, identity, decay=train.average, **times)
     figures = figures_of(config, model, running)
     log.info("%d parameters", sum(p.numel() for p in module.trained.parameters()))
     train_slice(module, lambda: batches_of(config, model, digest), train, running, figures)
-    write_base(out, model, running, notes_of(config, model_file, figures.last))
+    stamp = f"{RENDERER_VERSION} {renderer_hash()}"
+    notes = notes_of(config, figures.last, model_config=OmegaConf.to_yaml(model_file), renderer=stamp)
+    write_base(out, model, running, notes)
     return {**figures.last, "steps": train.steps}
 
 
@@ -104,18 +105,6 @@ def figures_of(config: DictConfig, model: Any, running: Any) -> Any:
         freq=section.log_freq,
         settings=OmegaConf.to_object(config.sample),
     )
-
-
-def notes_of(config: DictConfig, model_file: DictConfig, figures: dict[str, Any]) -> dict[str, str]:
-    """What made the file, for its metadata."""
-    from datasets.streets import RENDERER_VERSION, renderer_hash
-
-    return {
-        "run_config": OmegaConf.to_yaml(config),
-        "model_config": OmegaConf.to_yaml(model_file),
-        "figures": json.dumps(figures),
-        "renderer": f"{RENDERER_VERSION} {renderer_hash()}",
-    }
 
 
 def report(last: dict[str, Any], out: Path) -> None:

@@ -14,18 +14,16 @@ configs/streets_judge.yaml with the key=value lines over it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory
-from cldm.stage_script import closing_line, parse_stage_args, read_stage, run_stage
+from cldm.stage_script import closing_line, notes_of, parse_stage_args, read_stage, run_stage
 from cldm.stages import identity_of
 from datasets import find_entry, missing_paths
 from metrics.judge_stage import JudgeStage, check_judge_stage
@@ -76,14 +74,13 @@ def run_slice(
 
     from cldm.slices import TrainingSlice
     from cldm.stage_trainer import train_slice
-    from ldm.models.autoencoder_training import learning_rate
+    from datasets.streets import RENDERER_VERSION, renderer_hash
     from metrics.judge_training import JudgeFigures, build_judge_training, write_average
 
     keep_freed_memory()
     train, section = config.train, config.slice
     pl.seed_everything(train.seed, verbose=False)
-    rate = partial(learning_rate, peak=train.lr, warmup=train.warmup, steps=train.steps)
-    module = build_judge_training(config, frames.labels, rate)
+    module = build_judge_training(config, frames.labels)
     times = {"minutes": section.minutes, "save_minutes": section.save_minutes}
     running = TrainingSlice(section.folder, module.network, progress, identity, decay=train.average, **times)
     figures = JudgeFigures(
@@ -91,7 +88,9 @@ def run_slice(
     )
     log.info("%d frames, %d parameters", len(frames), sum(p.numel() for p in module.parameters()))
     train_slice(module, lambda: cut_crops(config, frames), train, running, figures)
-    write_average(out, module.network, running.average, notes_of(config, figures))
+    stamp = f"{RENDERER_VERSION} {renderer_hash()}"
+    notes = notes_of(config, {**figures.last, **asdict(figures.scores)}, renderer=stamp)
+    write_average(out, module.network, running.average, notes)
     return {**figures.last, "steps": train.steps, "scores": figures.scores}
 
 
@@ -110,17 +109,6 @@ def cut_crops(config: DictConfig, frames: Any) -> Any:
         rare_share=train.rare_share,
         augmentation=Augmentation(**config.augment),
     )
-
-
-def notes_of(config: DictConfig, figures: Any) -> dict[str, str]:
-    """What made the file, for its metadata."""
-    from datasets.streets import RENDERER_VERSION, renderer_hash
-
-    return {
-        "run_config": OmegaConf.to_yaml(config),
-        "figures": json.dumps({**figures.last, **asdict(figures.scores)}),
-        "renderer": f"{RENDERER_VERSION} {renderer_hash()}",
-    }
 
 
 def report(last: dict[str, Any], out: Path) -> None:

@@ -13,7 +13,6 @@ first_stage_model.*; the settings are configs/streets_vae.yaml with the key=valu
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory
-from cldm.stage_script import closing_line, parse_stage_args, read_stage, run_stage
+from cldm.stage_script import closing_line, notes_of, parse_stage_args, read_stage, run_stage
 from cldm.stages import VAEStage, check_vae_stage, identity_of
 
 log = logging.getLogger("tool_train_streets_vae")
@@ -63,6 +62,7 @@ def run_slice(
     from cldm.model import load_model_config
     from cldm.slices import TrainingSlice
     from cldm.stage_trainer import train_slice
+    from datasets.streets import RENDERER_VERSION, renderer_hash
 
     keep_freed_memory()
     train, section = config.train, config.slice
@@ -80,7 +80,8 @@ def run_slice(
     train_slice(module, lambda: cut_crops(config, photos), train, running, figures)
     some = photos.images[spread(len(photos), MOMENT_FRAMES)]
     scale_factor = model_file.model.params.scale_factor
-    notes = notes_of(config, model_file, figures.last)
+    stamp = f"{RENDERER_VERSION} {renderer_hash()}"
+    notes = notes_of(config, figures.last, model_config=OmegaConf.to_yaml(model_file), renderer=stamp)
     moments = write_first_stage(out, module.autoencoder, running.average, some, scale_factor, notes)
     return {**figures.last, "steps": train.steps, **moments}
 
@@ -94,18 +95,6 @@ def cut_crops(config: DictConfig, photos: Any) -> Any:
     return Crops(
         photos, train.steps, seed=train.seed, batch=train.batch_size, last_share=train.last_share, **sizes
     )
-
-
-def notes_of(config: DictConfig, model_file: DictConfig, figures: dict[str, Any]) -> dict[str, str]:
-    """What made the file, for its metadata."""
-    from datasets.streets import RENDERER_VERSION, renderer_hash
-
-    return {
-        "run_config": OmegaConf.to_yaml(config),
-        "model_config": OmegaConf.to_yaml(model_file),
-        "figures": json.dumps(figures),
-        "renderer": f"{RENDERER_VERSION} {renderer_hash()}",
-    }
 
 
 def report(last: dict[str, Any], out: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,9 +24,9 @@ from cldm.generate import generate
 from cldm.pictures import Rgb, sheet
 from cldm.slices import TrainingSlice
 from cldm.stage_figures import StageFigures
+from cldm.stage_training import StageTraining
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
-from ldm.models.autoencoder_training import learning_rate, noise_generator
 
 log = logging.getLogger(__name__)
 
@@ -108,61 +108,25 @@ class LatentBatches:
         return {"z": z, "txt": texts, "step": step}
 
 
-class BaseTraining(pl.LightningModule):
-    """Trains text encoder and UNet together on batches of `z`, `txt` and `step`.
+class BaseTraining(StageTraining):
+    """Trains text encoder and UNet together on batches of `z`, `txt` and `step`."""
 
-    Learning rate, noise and noise levels are functions of the step that the batch names, so that a run can
-    go on from its weights, its optimizer's moments and that number.
-    """
-
-    def __init__(
-        self,
-        model: ControlLDM,
-        *,
-        lr: float,
-        warmup: int,
-        steps: int,
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        clip: float = 0.0,
-    ) -> None:
-        super().__init__()
+    def __init__(self, model: ControlLDM, how: DictConfig) -> None:
+        parts = {"unet": model.model.diffusion_model, "text": model.cond_stage_model}
+        super().__init__(nn.ModuleDict(parts), how)
         self.model = model.requires_grad_(False)
-        self.trained = nn.ModuleDict({"unet": model.model.diffusion_model, "text": model.cond_stage_model})
         self.trained.requires_grad_(True)
-        self.lr, self.warmup, self.steps = lr, warmup, steps
-        self.seed, self.weight_decay, self.clip = seed, weight_decay, clip
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch at random noise levels, the text encoder in the graph."""
-        step = int(batch["step"])
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
-            group["lr"] = learning_rate(step, peak=self.lr, warmup=self.warmup, steps=self.steps)
         z = self.model.get_first_stage_encoding(batch["z"])
-        generator = noise_generator(self.seed, step, z.device)
+        generator = self.noise_of(batch)
         t = torch.randint(self.model.num_timesteps, (len(z),), generator=generator, device=z.device)
         noise = torch.randn(z.shape, generator=generator, device=z.device)
         cond = {"c_crossattn": [self.model.cond_stage_model(batch["txt"])]}
         loss, _ = self.model.p_losses(z, cond, t, noise)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(z))
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the norm of the gradient; Lightning refuses to, for a fused optimizer under autocast."""
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.clip)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW in its fused form; the words' own vectors do not decay, or unused ones would vanish."""
-        words = {id(p) for name, p in self.trained.named_parameters() if "token_embedding" in name}
-        groups = [
-            {
-                "params": [p for p in self.trained.parameters() if (id(p) in words) == is_word],
-                "weight_decay": 0.0 if is_word else self.weight_decay,
-            }
-            for is_word in (False, True)
-        ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
 
 
 class BaseFigures(StageFigures):

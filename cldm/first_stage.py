@@ -13,18 +13,20 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.nn import functional as F
 
 from cldm.averaging import WeightAverage
 from cldm.generate import to_uint8
 from cldm.pictures import Rgb, sheet
 from cldm.slices import TrainingSlice
 from cldm.stage_figures import StageFigures
+from cldm.stage_training import StageTraining
 from cldm.tensor_writing import write_tensors
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_training import (
-    AutoencoderTraining,
     LossWeights,
     frame_psnr,
+    loss_terms,
     principal_code,
     standardise_latents,
     to_images,
@@ -57,17 +59,59 @@ class Reconstructions(StageFigures):
         return figures, sheet([[self.frames[i], found[i]] for i in rows]) if rows else None
 
 
+class AutoencoderTraining(StageTraining):
+    """Trains an autoencoder on batches of `jpg` and `step`.
+
+    how    a `VAETrainConfig`. Its start_logvar is added to the log-variance of the posterior before the first
+           step: at 0 it starts near 1, and the noise drowns the latents until the network has made them large
+    guide  weight and bias of `principal_code`, which the latents are drawn to at first, with a strength that
+           fades over how.guide_steps: by itself the network stays for long with a single component
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        weights: LossWeights,
+        how: DictConfig,
+        guide: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        # 4-D weights alone lie channels-last; convolutions then take and give images that do
+        super().__init__(autoencoder.to(memory_format=torch.channels_last), how)
+        self.autoencoder = autoencoder
+        with torch.no_grad():
+            autoencoder.quant_conv.bias[autoencoder.embed_dim :] += how.start_logvar
+        self.weights = weights
+        self.guide, self.guide_steps = guide, how.guide_steps if guide else 0
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Encode, draw a latent, decode, compare."""
+        step, x = int(batch["step"]), to_images(batch["jpg"])
+        # under autocast the network's output is bf16: too coarse for sums and logarithms
+        posterior = Gaussian(self.autoencoder.encode(x).parameters.float())
+        reconstruction = self.autoencoder.decode(posterior.sample(self.noise_of(batch))).float()
+        terms = loss_terms(x, reconstruction, posterior, self.weights)
+        loss = torch.stack([getattr(self.weights, name) * term for name, term in terms.items()]).sum()
+        if step < self.guide_steps:
+            loss = loss + (1 - step / self.guide_steps) * self.distance_to_guide(x, posterior.mean)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(x))
+        return loss
+
+    def distance_to_guide(self, x: Tensor, latent: Tensor) -> Tensor:
+        """Mean squared distance of the latent from the linear code of `x`."""
+        assert self.guide is not None
+        weight, bias = (tensor.to(x) for tensor in self.guide)
+        return F.mse_loss(latent, F.conv2d(x.float(), weight, bias, stride=weight.shape[-1]))
+
+
 def build_training(config: DictConfig, model_file: DictConfig, photos: Rgb) -> AutoencoderTraining:
     """The first stage of a model file, to be trained under the settings of a `VAEStage` on `photos`."""
     params = OmegaConf.to_container(model_file.model.params.first_stage_config, resolve=True)
     network = instantiate_from_config(params)
-    names = ("lr", "warmup", "steps", "seed", "weight_decay", "clip", "start_logvar", "guide_steps")
-    settings = {name: config.train[name] for name in names}
-    some = photos[spread(len(photos), GUIDE_FRAMES)]
-    guide = (
-        principal_code(some, network.embed_dim, network.downsampling) if config.train.guide_steps else None
-    )
-    return AutoencoderTraining(network, LossWeights(**config.loss), guide=guide, **settings)
+    guide = None
+    if config.train.guide_steps:
+        some = photos[spread(len(photos), GUIDE_FRAMES)]
+        guide = principal_code(some, network.embed_dim, network.downsampling)
+    return AutoencoderTraining(network, LossWeights(**config.loss), config.train, guide)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -1,15 +1,16 @@
-"""What the scripts of the stages share: their command line, and the way from it to a slice of training."""
+"""What the scripts of the stages share: their command line, the way to a slice, the notes of its file."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import refuse
 from cldm.stages import load_stage
@@ -57,6 +58,11 @@ def run_stage(
         train(config, args.out or Path(config.slice.folder) / args.result)
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
+
+
+def notes_of(config: DictConfig, figures: Mapping[str, Any], **more: str) -> dict[str, str]:
+    """What made a file, for its metadata: settings, last figures, and `more` that the script knows."""
+    return {"run_config": OmegaConf.to_yaml(config), "figures": json.dumps(figures), **more}
 
 
 def closing_line(last: dict[str, Any]) -> str:

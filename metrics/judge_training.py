@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -19,6 +18,7 @@ from cldm.first_stage import spread
 from cldm.pictures import Rgb, sheet
 from cldm.slices import TrainingSlice
 from cldm.stage_figures import StageFigures
+from cldm.stage_training import StageTraining
 from datasets.label_space import LabelSpace
 from metrics.judge import JudgeArch, JudgeNetwork, StreetsJudge, write_judge
 from metrics.judge_data import LabelledFrames, class_weights
@@ -27,54 +27,30 @@ from metrics.segmentation import VOID, Scores, confusion_matrices, score
 LABEL_SPACE = "cityscapes"
 
 
-class JudgeTraining(pl.LightningModule):
+class JudgeTraining(StageTraining):
     """Trains the judge on batches of `jpg`, `label`, `condition` and `step`.
 
     weights    (K,) what a pixel of each class counts in the cross-entropy
     condition  what the cross-entropy of the condition counts beside it
-    rate       the learning rate of a step
-    clip       largest norm of the gradient; 0 is none
     """
 
     def __init__(
-        self,
-        network: JudgeNetwork,
-        weights: NDArray[np.float64],
-        *,
-        condition: float,
-        rate: Callable[[int], float],
-        weight_decay: float = 0.0,
-        clip: float = 0.0,
+        self, network: JudgeNetwork, weights: NDArray[np.float64], condition: float, how: DictConfig
     ) -> None:
-        super().__init__()
         # 4-D weights alone lie channels-last; convolutions then take and give images that do
-        self.network = network.to(memory_format=torch.channels_last)
+        super().__init__(network.to(memory_format=torch.channels_last), how)
+        self.network = network
         self.register_buffer("weights", torch.from_numpy(weights).float(), persistent=False)
-        self.condition, self.rate = condition, rate
-        self.weight_decay, self.clip = weight_decay, clip
+        self.condition = condition
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Judge a batch, compare."""
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
-            group["lr"] = self.rate(int(batch["step"]))
         answers = self.network(batch["jpg"].permute(0, 3, 1, 2))
         # under autocast the scores are bf16: too coarse for sums and logarithms
         pixels = F.cross_entropy(answers.labels.float(), batch["label"], self.weights, ignore_index=VOID)
         weather = F.cross_entropy(answers.conditions.float(), batch["condition"])
         self.log("loss", pixels.detach(), prog_bar=True, batch_size=len(batch["jpg"]))
         return pixels + self.condition * weather
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the norm of the gradient; Lightning refuses to, for a fused optimizer under autocast."""
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW in its fused form, which is five times as fast on a CPU."""
-        decay = self.weight_decay
-        return torch.optim.AdamW(
-            self.parameters(), lr=self.rate(0), betas=(0.9, 0.99), weight_decay=decay, fused=True
-        )
 
 
 class JudgeFigures(StageFigures):
@@ -105,20 +81,11 @@ class JudgeFigures(StageFigures):
         return figures, sheet(rows) if rows else None
 
 
-def build_judge_training(
-    config: DictConfig, labels: NDArray[np.uint8], rate: Callable[[int], float]
-) -> JudgeTraining:
+def build_judge_training(config: DictConfig, labels: NDArray[np.uint8]) -> JudgeTraining:
     """The judge of a `JudgeStage`, to be trained on frames with these label maps."""
     arch = JudgeArch.of(config.model)
     weights = class_weights(labels, arch.classes, config.loss.class_power)
-    return JudgeTraining(
-        JudgeNetwork(arch),
-        weights,
-        condition=config.loss.condition,
-        rate=rate,
-        weight_decay=config.train.weight_decay,
-        clip=config.train.clip,
-    )
+    return JudgeTraining(JudgeNetwork(arch), weights, config.loss.condition, config.train)
 
 
 def write_average(

@@ -26,6 +26,7 @@ from cldm.base_stage import (
 )
 from cldm.cldm import ControlLDM
 from cldm.model import create_model
+from cldm.stages import BaseTrainConfig
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
 from datasets.streets import CONDITIONS
@@ -150,7 +151,7 @@ def test_the_weighted_loss_is_that_of_a_plain_loop_and_the_log_is_not_weighted(
 
 
 def test_text_encoder_and_unet_are_trained_and_nothing_else(tiny_model: ControlLDM) -> None:
-    module = BaseTraining(tiny_model, lr=1e-2, warmup=0, steps=4, weight_decay=0.1)
+    module = BaseTraining(tiny_model, OmegaConf.structured(BaseTrainConfig(lr=1e-2, warmup=0, steps=4)))
     optimizer = module.configure_optimizers()
     module.optimizers = lambda use_pl_optimizer=True: optimizer
     module.log = lambda *_, **__: None

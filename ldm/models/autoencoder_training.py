@@ -1,14 +1,10 @@
-"""Training of the first stage on images alone: what is minimised, and the module that does it."""
+"""Training of the first stage on images alone: what is minimised, how it starts, what is measured."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -106,14 +102,6 @@ def principal_code(images: NDArray[np.uint8], channels: int, block: int = 8) -> 
     return weight.unflatten(1, (3, block, block)), bias
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
-    """Linear up over `warmup` steps, then half a cosine down to a hundredth of the peak at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
 def psnr(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB from a mean squared error of images in [-1, 1]."""
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
@@ -147,93 +135,6 @@ def standardise_latents(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor, s
     after.weight *= unit[:, None, None]
 
 
-class AutoencoderTraining(pl.LightningModule):
-    """Trains an autoencoder on batches of `jpg` and `step`.
-
-    Learning rate and noise are functions of the step that the batch names, so that a run can go on from
-    its weights, its optimizer's moments and that number.
-
-    clip          largest norm of the gradient; 0 is none
-    start_logvar  added to the log-variance of the posterior before the first step: at 0 it starts near 1,
-                  and the noise drowns the latents until the network has made them large
-    guide         weight and bias of `principal_code`, which the latents are drawn to at first
-    guide_steps   over which that pull fades: by itself the network stays for long with a single component
-    """
-
-    def __init__(
-        self,
-        autoencoder: AutoencoderKL,
-        weights: LossWeights,
-        *,
-        lr: float,
-        warmup: int,
-        steps: int,
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        clip: float = 0.0,
-        start_logvar: float = 0.0,
-        guide: tuple[Tensor, Tensor] | None = None,
-        guide_steps: int = 0,
-    ) -> None:
-        super().__init__()
-        # 4-D weights alone lie channels-last; convolutions then take and give images that do
-        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
-        with torch.no_grad():
-            self.autoencoder.quant_conv.bias[autoencoder.embed_dim :] += start_logvar
-        self.weights = weights
-        self.lr, self.warmup, self.steps = lr, warmup, steps
-        self.seed, self.weight_decay, self.clip = seed, weight_decay, clip
-        self.guide, self.guide_steps = guide, guide_steps if guide else 0
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Encode, draw a latent, decode, compare."""
-        step = int(batch["step"])
-        self.set_learning_rate(step)
-        x = to_images(batch["jpg"])
-        # under autocast the network's output is bf16: too coarse for sums and logarithms
-        posterior = DiagonalGaussianDistribution(self.autoencoder.encode(x).parameters.float())
-        z = posterior.sample(noise_generator(self.seed, step, x.device))
-        reconstruction = self.autoencoder.decode(z).float()
-        terms = loss_terms(x, reconstruction, posterior, self.weights)
-        loss = torch.stack([getattr(self.weights, name) * term for name, term in terms.items()]).sum()
-        if step < self.guide_steps:
-            loss = loss + (1 - step / self.guide_steps) * self.distance_to_guide(x, posterior.mean)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(x))
-        return loss
-
-    def distance_to_guide(self, x: Tensor, latent: Tensor) -> Tensor:
-        """Mean squared distance of the latent from the linear code of `x`."""
-        assert self.guide is not None
-        weight, bias = (tensor.to(x) for tensor in self.guide)
-        return F.mse_loss(latent, F.conv2d(x.float(), weight, bias, stride=weight.shape[-1]))
-
-    def set_learning_rate(self, step: int) -> None:
-        """Give the optimizer the rate of a step."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        rate = learning_rate(step, peak=self.lr, warmup=self.warmup, steps=self.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the norm of the gradient; Lightning refuses to, for a fused optimizer under autocast."""
-        if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW in its fused form, which is five times as fast on a CPU."""
-        decay = self.weight_decay
-        return torch.optim.AdamW(
-            self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=decay, fused=True
-        )
-
-
 def to_images(jpg: Tensor) -> Tensor:
     """(B, H, W, 3) -> (B, 3, H, W), a view that lies channels-last."""
     return jpg.permute(0, 3, 1, 2)
-
-
-def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The generator of the latent noise of a step."""
-    # 1 sets it apart from the generator that draws the crops of the same step
-    state = int(np.random.SeedSequence([seed, step, 1]).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(state)
