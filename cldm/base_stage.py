@@ -116,6 +116,8 @@ class BaseTraining(StageTraining):
         super().__init__(nn.ModuleDict(parts), how)
         self.model = model.requires_grad_(False)
         self.trained.requires_grad_(True)
+        if how.compile:
+            model.model.diffusion_model.compile()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch at random noise levels, the text encoder in the graph."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from cldm.pictures import Rgb, write_png
 from cldm.slices import TrainingSlice
@@ -55,7 +56,8 @@ class StageFigures(pl.Callback):
             return
         self.last_step = progress.step
         self.running.count_time()
-        with self.running.average.applied(self.running.network):
+        # other shapes than those of training: compiling for them would take longer than the figures do
+        with torch.compiler.set_stance("force_eager"), self.running.average.applied(self.running.network):
             figures, picture = self.take()
         times = {"cpu_hours": progress.cpu_seconds / 3600, "wall_hours": progress.wall_seconds / 3600}
         numbers = {**losses, **figures, **times}

@@ -121,6 +121,7 @@ class BaseTrainConfig:
     min_snr_gamma: float = 5.0  # 0 weighs all noise levels alike
     average: float = 0.999  # decay of the average of the weights
     precision: str = "32-true"  # one of PRECISIONS
+    compile: bool = False  # the UNet, by torch.compile; takes minutes at the start of a slice
     seed: int = 0
 
 

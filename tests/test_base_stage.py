@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,7 @@ def overrides(
         *(f"data.camera_root={root / 'camera'}", "data.camera_frames=5", "data.game_frames=0"),
         *("data.val_frames=2", "data.size=[64,128]", f"data.first_stage={root / 'vae.safetensors'}"),
         *(f"model.config={tiny_yaml}", "train.batch_size=2", "train.steps=3", "train.warmup=1"),
-        *("sample.steps=2", "slice.log_freq=100"),
+        *("sample.steps=2", "slice.log_freq=100", "train.precision=32-true"),
     ]
 
 
@@ -215,6 +216,16 @@ def test_a_base_in_slices_is_bit_by_bit_the_base_in_one(tmp_path: Path, override
         parts = run(tmp_path / "parts", "--minutes", "0", *overrides)
     assert parts.keys() == whole.keys()
     assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_base_learns_what_the_plain_one_learns(tmp_path: Path, overrides: list[str]) -> None:
+    plain = run(tmp_path / "plain", *overrides)
+    compiled = run(tmp_path / "compiled", "train.compile=true", *overrides)
+    assert compiled.keys() == plain.keys()
+    for key in (key for key in plain if key.startswith("weights.")):
+        torch.testing.assert_close(compiled[key], plain[key], rtol=1e-3, atol=1e-4)
 
 
 def test_the_file_of_a_run_takes_a_control_branch_and_samples(

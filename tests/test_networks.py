@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from oracles import randomize, relative_error, to_diffusers_control, to_diffusers_unet, to_diffusers_vae
 
-from ldm.modules.attention import project_context
+from ldm.modules.attention import SLOW_BELOW, project_context, sdpa_attention
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import instantiate_from_config
 
@@ -174,3 +174,24 @@ def test_a_bad_model_file_is_answered_with_a_sentence(target: str, params: dict,
 
 def test_identity_is_allowed_as_in_published_files() -> None:
     assert isinstance(instantiate_from_config({"target": "torch.nn.Identity"}), torch.nn.Identity)
+
+
+@pytest.mark.parametrize("places", [24, 520])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_are_those_of_the_formula(places: int, dtype: torch.dtype) -> None:
+    assert (places * places > SLOW_BELOW) == (places == 520)  # bf16 takes both ways
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, places, 2, 8), (2, places, 2, 8), (2, places, 2, 8)]
+    exact = [torch.randn(s, generator=generator).to(dtype).double().requires_grad_() for s in shapes]
+    q, k, v = exact
+    weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 8**0.5).softmax(dim=-1)
+    expected = torch.einsum("bhnm,bmhd->bnhd", weights, v)
+    direction = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
+    (expected * direction).sum().backward()
+    tensors = [x.detach().to(dtype).requires_grad_() for x in exact]
+    found = sdpa_attention(*tensors)
+    (found * direction).sum().backward()
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in [(found, expected), *((a.grad, b.grad) for a, b in zip(tensors, exact, strict=True))]:
+        assert ours.dtype == dtype
+        assert ((ours.double() - theirs).norm() / theirs.norm()).item() < limit

@@ -16,9 +16,18 @@ Context: TypeAlias = "Tensor | Mapping[nn.Module, KeyValue]"
 """Text embeddings (B, L, D), or what every cross-attention makes of them (`project_context`)."""
 
 
+# Scores of a head, up to which the backward of torch's fused CPU kernel in bf16 loses against plain products:
+# for 16x1x512x512 18 ms against 10 ms of both passes, for 2x8x1024x1024 62 against 103.
+SLOW_BELOW = 512 * 512
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention by torch; all tensors (B, N, heads, d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    small = q.shape[-2] * k.shape[-2] <= SLOW_BELOW
+    if small and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
