@@ -29,8 +29,10 @@ from numpy.typing import NDArray
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import SAMPLER_NAMES, SampleConfig
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
+from datasets.files import read_image
+from datasets.hint_encoding import hint_encoding
 from datasets.hints import HINT_TYPES, find_caption, find_hints, read_hint
-from datasets.label_space import LabelSpace, read_image
+from datasets.label_space import LabelSpace
 
 if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
@@ -193,11 +195,11 @@ def is_done(job: Job, overwrite: bool) -> bool:
 
 def hint_reader(args: argparse.Namespace) -> HintReader:
     """A function from a path to its hint, (H, W, 3) uint8; the last ones are kept."""
-    space = LabelSpace.load(args.palette)
+    encoding = hint_encoding(LabelSpace.load(args.palette))
 
     @lru_cache(maxsize=KEPT_HINTS)
     def read(path: Path) -> NDArray[np.uint8]:
-        hint = read_hint(path, args.hint_type, space, args.size)
+        hint = read_hint(path, args.hint_type, encoding, args.size)
         return (hint * 255).round().astype(np.uint8)  # exact: it was read from bytes
 
     return read

@@ -16,7 +16,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.label_space import Ids, LabelSpace, Rgb, Size, read_image, read_labels, resize_labels
+from datasets.files import read_image, read_labels
+from datasets.hint_encoding import HintEncoding, hint_encoding
+from datasets.label_space import Ids, LabelSpace, Rgb, Size, resize_labels
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +64,26 @@ class SegmentationDataset:
     """Photos paired with label maps by stem, at one size.
 
     A concrete data set sets `label_space`, `layout` and `source`, and implements `find_photos`,
-    `find_label_maps` and `splits`; it overrides `read_train_ids` where its files are not plain file ids.
+    `find_label_maps` and `splits`; it overrides `with_label_ids` where its files may hold train ids.
     """
 
     label_space: ClassVar[str]  # a name for LabelSpace.load
     layout: ClassVar[str]  # the files that belong to a split, for errors
     source: ClassVar[str]  # where the data set is obtained
 
-    def __init__(self, root: str | Path, split: str, *, size: Size, prompt: str) -> None:
-        """Find the pairs of `split`; none is an error, files without a partner are left out."""
+    def __init__(
+        self, root: str | Path, split: str, *, size: Size, prompt: str, hint: str = "colours"
+    ) -> None:
+        """Find the pairs of `split`; none is an error, files without a partner are left out.
+
+        hint  an encoding of `datasets.hint_encoding`
+        """
         self.root = Path(root)
         self.split = split
         self.size = check_size(size)
         self.prompt = prompt
         self.space = LabelSpace.load(self.label_space)
+        self.encoding = hint_encoding(self.space, hint)
         self.pairs = self._find_pairs()
 
     def __len__(self) -> int:
@@ -85,9 +93,9 @@ class SegmentationDataset:
     def __getitem__(self, index: int) -> Sample:
         """One pair as a sample, at the size of the data set."""
         pair = self.pairs[index]
-        image, ids = read_image(pair.image), self.read_train_ids(pair.labels)
+        image, ids = read_image(pair.image), self.read_file_ids(pair.labels, self.encoding)
         _check_same_frame(image, ids, pair)
-        labels = label_sample(ids, self.size, self.space, txt=self.prompt, key=pair.key)
+        labels = label_sample(ids, self.size, self.encoding, txt=self.prompt, key=pair.key)
         return {"jpg": to_signed(resize_image(image, self.size)), **labels}
 
     @classmethod
@@ -106,9 +114,34 @@ class SegmentationDataset:
         raise NotImplementedError
 
     @classmethod
+    def holds_train_ids(cls, path: Path) -> bool:
+        """Whether a label file holds train ids; by its name, as nothing in a file tells."""
+        return False
+
+    @classmethod
+    def with_label_ids(cls, path: Path) -> Path:
+        """The file of the same frame that holds label ids, if there is one; else the file itself."""
+        return path
+
+    @classmethod
+    def read_file_ids(cls, path: Path, encoding: HintEncoding | None = None) -> Ids:
+        """Checked file ids of one label file; of train ids those that stand for them, if that is enough."""
+        if encoding is not None and encoding.tells_void_apart:
+            path = cls.with_label_ids(path)
+        space = LabelSpace.load(cls.label_space)
+        if not cls.holds_train_ids(path):
+            return space.check_file_ids(read_labels(path), where=str(path))
+        if encoding is not None and encoding.tells_void_apart:
+            raise ValueError(
+                f"{path}: expected label ids, because the hint encoding {encoding.name!r} tells void classes"
+                " apart, found train ids; add the file of label ids or choose another encoding."
+            )
+        return space.to_file_ids(read_labels(path), where=str(path))
+
+    @classmethod
     def read_train_ids(cls, path: Path) -> Ids:
         """Checked train ids of one label file."""
-        return LabelSpace.load(cls.label_space).to_train_ids(read_labels(path), where=str(path))
+        return LabelSpace.load(cls.label_space).to_train_ids(cls.read_file_ids(path), where=str(path))
 
     @classmethod
     def label_maps(cls, root: str | Path, split: str = "val") -> dict[str, Path]:
@@ -120,13 +153,14 @@ class SegmentationDataset:
 
     @classmethod
     def preview(
-        cls, count: int, *, root: str | Path, split: str, size: Size, prompt: str
+        cls, count: int, *, root: str | Path, split: str, size: Size, prompt: str, hint: str = "colours"
     ) -> list[LabelSample | Sample]:
         """The first `count` label maps of a split as samples, with their photo where there is one."""
-        space, photos = LabelSpace.load(cls.label_space), cls.find_photos(Path(root), split)
+        encoding = hint_encoding(LabelSpace.load(cls.label_space), hint)
+        photos = cls.find_photos(Path(root), split)
         samples: list[LabelSample | Sample] = []
         for key, path in list(cls.label_maps(root, split).items())[:count]:
-            labels = label_sample(cls.read_train_ids(path), size, space, txt=prompt, key=key)
+            labels = label_sample(cls.read_file_ids(path, encoding), size, encoding, txt=prompt, key=key)
             photo = photos.get(key)
             samples.append(
                 labels
@@ -183,10 +217,11 @@ def to_signed(image: Rgb) -> NDArray[np.float32]:
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def label_sample(ids: Ids, size: Size, space: LabelSpace, *, txt: str, key: str) -> LabelSample:
-    """Hint and label at (H, W) from checked train ids of any size."""
-    ids = resize_labels(ids, check_size(size))
-    return {"hint": space.hint(ids), "txt": txt, "label": ids.astype(np.int64), "key": key}
+def label_sample(file_ids: Ids, size: Size, encoding: HintEncoding, *, txt: str, key: str) -> LabelSample:
+    """Hint and label at (H, W) from checked file ids of any size."""
+    ids = resize_labels(file_ids, check_size(size))
+    label = encoding.space.to_train_ids(ids, where=key).astype(np.int64)
+    return {"hint": encoding.encode(ids), "txt": txt, "label": label, "key": key}
 
 
 def index_by_stem(paths: Iterable[Path], suffix: str) -> dict[str, Path]:

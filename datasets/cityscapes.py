@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets.base import SegmentationDataset, index_by_stem
-from datasets.label_space import Ids, LabelSpace, Size, read_labels
+from datasets.label_space import LabelSpace, Size
 
 PHOTO = "_leftImg8bit.png"
 LABEL_IDS = "_gtFine_labelIds.png"
@@ -29,9 +29,10 @@ class CityscapesDataset(SegmentationDataset):
         split: str = "train",
         size: Size = (512, 1024),
         prompt: str = "City road scenes.",
+        hint: str = "colours",
     ) -> None:
         """Pair the photos and maps of `split`; `size` is (H, W), `prompt` is every frame's text."""
-        super().__init__(root, split, size=size, prompt=prompt)
+        super().__init__(root, split, size=size, prompt=prompt, hint=hint)
 
     @classmethod
     def find_photos(cls, root: Path, split: str) -> dict[str, Path]:
@@ -56,11 +57,15 @@ class CityscapesDataset(SegmentationDataset):
         return sorted({folder.name for folder in folders if folder.is_dir()})
 
     @classmethod
-    def read_train_ids(cls, path: Path) -> Ids:
-        """Train ids of a `labelTrainIds` file as it is, of any other file from its label ids."""
-        space = LabelSpace.load(cls.label_space)
-        convert = space.check_train_ids if path.stem.endswith("_labelTrainIds") else space.to_train_ids
-        return convert(read_labels(path), where=str(path))
+    def holds_train_ids(cls, path: Path) -> bool:
+        """True of `labelTrainIds` files."""
+        return path.stem.endswith("_labelTrainIds")
+
+    @classmethod
+    def with_label_ids(cls, path: Path) -> Path:
+        """The `labelIds` file beside a `labelTrainIds` file."""
+        other = path.with_name(path.name.replace(TRAIN_IDS, LABEL_IDS))
+        return other if other.is_file() else path
 
     @classmethod
     def _refuse_withheld(cls, root: Path, maps: dict[str, Path]) -> None:

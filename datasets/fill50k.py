@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.base import ControlSample, check_size, resize_image, to_signed
-from datasets.label_space import Size, read_image
+from datasets.files import read_image
+from datasets.label_space import Size
 
 FIELDS = ("source", "target", "prompt")
 

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.base import CAPTIONS, check_size
-from datasets.label_space import Ids, LabelSpace, Size, is_colour_map, read_image, read_labels, resize_labels
+from datasets.files import is_colour_map, read_image, read_labels
+from datasets.hint_encoding import HintEncoding
+from datasets.label_space import Ids, LabelSpace, Size, resize_labels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -26,9 +28,11 @@ FRAME_MAPS = {  # by hint type: which of a frame's maps is taken
 INSTANCE_MAPS = ("instanceIds", "instanceTrainIds")
 
 READERS: dict[str, Callable[[Path, LabelSpace], Ids]] = {
-    "label_ids": lambda path, space: space.to_train_ids(read_labels(path), str(path)),
-    "train_ids": lambda path, space: space.check_train_ids(read_labels(path), str(path)),
-    "colours": lambda path, space: space.from_colours(read_image(path), str(path)),
+    "label_ids": lambda path, space: space.check_file_ids(read_labels(path), str(path)),
+    "train_ids": lambda path, space: space.to_file_ids(read_labels(path), str(path)),
+    "colours": lambda path, space: space.to_file_ids(
+        space.from_colours(read_image(path), str(path)), str(path)
+    ),
 }
 HINT_TYPES = ("auto", *READERS, "image")
 
@@ -90,11 +94,11 @@ def detect_hint_type(path: Path) -> str:
     )
 
 
-def read_hint(path: Path, kind: str, space: LabelSpace, size: Size | None) -> NDArray[np.float32]:
-    """One hint (H, W, 3) float32 in [0, 1], at `size` or else at its own.
+def read_hint(path: Path, kind: str, encoding: HintEncoding, size: Size | None) -> NDArray[np.float32]:
+    """One hint (H, W, C) float32 in [0, 1], at `size` or else at its own.
 
-    kind   one of HINT_TYPES; "image" takes the picture itself, resized to the nearest pixel like every map
-    space  label space of the ids and of the colours, and the palette that is painted
+    kind      one of HINT_TYPES; "image" takes the picture itself, resized to the nearest pixel like every map
+    encoding  how it is painted; its label space is that of the file's ids or colours
     """
     kind = detect_hint_type(path) if kind == "auto" else kind
     if kind not in HINT_TYPES:
@@ -102,5 +106,10 @@ def read_hint(path: Path, kind: str, space: LabelSpace, size: Size | None) -> ND
     if kind == "image":
         image = read_image(path)
         return resize_labels(image, check_size(size or image.shape[:2])).astype(np.float32) / np.float32(255)
-    ids = READERS[kind](path, space)
-    return space.hint(resize_labels(ids, check_size(size or ids.shape)))
+    if kind != "label_ids" and encoding.tells_void_apart:
+        raise ValueError(
+            f"{path}: expected label ids, because the hint encoding {encoding.name!r} tells void classes"
+            f" apart, found {kind.replace('_', ' ')}"
+        )
+    ids = READERS[kind](path, encoding.space)
+    return encoding.encode(resize_labels(ids, check_size(size or ids.shape)))

@@ -1,4 +1,4 @@
-"""Label maps: which ids a data set knows, their colours, and how maps are read and resized.
+"""Label maps: which ids a data set knows, their colours, and how maps are resized.
 
 A label map stays a map of ids from the file to the network. File ids become train ids 0..K-1 with
 void = 255 in one table lookup; colours are painted from train ids, never resized or averaged.
@@ -14,10 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 Ids = NDArray[np.uint8]  # (H, W) train ids, 255 = void
 RawIds = NDArray[np.integer]  # (H, W) ids as a file holds them
@@ -26,8 +24,7 @@ Size = tuple[int, int]  # (H, W)
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 PALETTES = Path(__file__).parent / "palettes"
-LABEL_FORMATS = ("PNG", "BMP", "TIFF")
-LABEL_MODES = ("P", "L", "I", "I;16", "I;16B")
+SPACES = ("ade20k", "cityscapes", "coco_panoptic133", "cocostuff")
 _UNKNOWN = 254  # table entry of ids that the label space does not have; no data set has 254 classes
 _SHOWN = 5  # offenders that an error lists
 
@@ -69,6 +66,12 @@ class LabelSpace:
         return tuple(self.row_ids[row] for row in self._rows)
 
     @cached_property
+    def void_file_id(self) -> int:
+        """A file id that stands for void: the first that the table has, else 255."""
+        voids = [i for i, k in zip(self.row_ids, self.row_train_ids, strict=True) if k == self.void]
+        return voids[0] if voids else self.void
+
+    @cached_property
     def colours(self) -> Rgb:
         """(K, 3) colours, by train id."""
         return self._colour_table[: self.num_classes]
@@ -80,6 +83,15 @@ class LabelSpace:
         """
         return self._translate(self._train_id_table, label_ids, where, "label ids")
 
+    def to_file_ids(self, train_ids: RawIds, where: str) -> Ids:
+        """File ids of a map of train ids: of a class its own, of void `void_file_id`."""
+        return np.take(self._file_id_table, self.check_train_ids(train_ids, where))
+
+    def check_file_ids(self, file_ids: RawIds, where: str) -> Ids:
+        """The same map as uint8 (-1 is 255), if it holds only file ids of the table; ValueError if not."""
+        self.to_train_ids(file_ids, where)
+        return file_ids.astype(np.uint8, copy=False)
+
     def check_train_ids(self, train_ids: RawIds, where: str) -> Ids:
         """The same map as uint8, if it holds only 0..K-1 and void; ValueError if not."""
         return self._translate(self._identity_table, train_ids, where, "train ids")
@@ -87,10 +99,6 @@ class LabelSpace:
     def paint(self, train_ids: RawIds) -> Rgb:
         """(H, W, 3) colours of a map of train ids; void is black."""
         return np.take(self._colour_table, self.check_train_ids(train_ids, "paint"), axis=0)
-
-    def hint(self, train_ids: Ids) -> NDArray[np.float32]:
-        """(H, W, 3) colours in [0, 1] of checked train ids, in one lookup."""
-        return np.take(self._hint_table, train_ids, axis=0)
 
     def from_colours(self, rgb: Rgb, where: str) -> Ids:
         """Train ids of a painted map; only exact colours count.
@@ -145,6 +153,13 @@ class LabelSpace:
     def _train_id_table(self) -> Ids:
         table = np.full(256, _UNKNOWN, np.uint8)
         table[np.array(self.row_ids) % 256] = self.row_train_ids
+        table[self.void_file_id] = self.void
+        return _frozen(table)
+
+    @cached_property
+    def _file_id_table(self) -> Ids:
+        table = np.full(256, self.void_file_id, np.uint8)
+        table[: self.num_classes] = np.array(self.file_ids) % 256
         return _frozen(table)
 
     @cached_property
@@ -161,10 +176,6 @@ class LabelSpace:
         return _frozen(table)
 
     @cached_property
-    def _hint_table(self) -> NDArray[np.float32]:
-        return _frozen(self._colour_table.astype(np.float32) / 255)
-
-    @cached_property
     def _colour_codes(self) -> tuple[NDArray[np.uint32], Ids]:
         """Known colours as sorted codes, and the train id of each."""
         rows = [((0, 0, 0), self.void), *zip(self.row_colours, self.row_train_ids, strict=True)]
@@ -177,44 +188,6 @@ class LabelSpace:
             _frozen(np.array(codes, np.uint32)),
             _frozen(np.array([winners[code] for code in codes], np.uint8)),
         )
-
-
-def read_labels(path: str | Path) -> RawIds:
-    """The (H, W) ids that a lossless label file holds; of a palette file the indices, not the colours.
-
-    The format is taken from the content, so a JPEG that is named .png is refused.
-    """
-    try:
-        with Image.open(path) as image:
-            _check_label_file(image, path)
-            return np.array(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError) as error:  # what Pillow raises for a foreign, a cut and a damaged file
-        raise ValueError(f"{path}: expected a label map that decodes, found {error}. Replace it.") from error
-
-
-def read_image(path: str | Path) -> Rgb:
-    """An image file as RGB; greyscale is repeated, alpha dropped, deeper than 8 bits scaled down."""
-    # Label maps are drawn on the stored pixels, so a camera's orientation tag must not turn the photo.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    content = np.fromfile(path, np.uint8)
-    try:
-        bgr = cv2.imdecode(content, flags) if content.size else None
-    except cv2.error:
-        bgr = None
-    if bgr is None:
-        raise ValueError(f"{path}: expected an image, found {content.size} bytes that are none. Replace it.")
-    return np.ascontiguousarray(bgr[..., ::-1], np.uint8)
-
-
-def is_colour_map(path: str | Path) -> bool:
-    """Whether a file holds colours; a palette file holds ids."""
-    try:
-        with Image.open(path) as image:
-            return image.mode in ("RGB", "RGBA")
-    except OSError as error:
-        raise ValueError(f"{path}: expected a picture, found {error}. Replace it.") from error
 
 
 def resize_labels(ids: NDArray[Scalar], size: Size) -> NDArray[Scalar]:
@@ -233,43 +206,27 @@ def _nearest(n: int, m: int) -> NDArray[np.intp]:
     return (2 * np.arange(m) + 1) * n // (2 * m)
 
 
-def _check_label_file(image: Image.Image, path: str | Path) -> None:
-    compression = str(image.info.get("compression", "none"))  # TIFF alone can hold lossy pixels
-    if image.format not in LABEL_FORMATS or "jpeg" in compression or "webp" in compression:
-        raise ValueError(
-            f"{path}: expected a lossless label map ({', '.join(LABEL_FORMATS)}), found {image.format}"
-            f" content (compression {compression}); lossy files change ids: make it again from its source."
-        )
-    if image.mode in ("RGB", "RGBA"):
-        raise ValueError(
-            f"{path}: expected a map of ids, found a colour map (mode {image.mode});"
-            " turn it into train ids with LabelSpace.from_colours."
-        )
-    if image.mode not in LABEL_MODES:
-        raise ValueError(
-            f"{path}: expected one channel of ids (mode {', '.join(LABEL_MODES)}), found mode {image.mode};"
-            " save it as 8-bit greyscale."
-        )
-
-
 @cache
 def _load(name: str) -> LabelSpace:
-    path = PALETTES / f"{name}.tsv"
-    known = sorted(file.stem for file in PALETTES.glob("*.tsv"))
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+    if name not in SPACES:
+        near = difflib.get_close_matches(name, SPACES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown label space {name!r}: {PALETTES} holds {', '.join(known)}{hint}")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+        raise ValueError(f"unknown label space {name!r}: expected one of {', '.join(SPACES)}{hint}")
+    rows = read_table(name)
     train_ids = [int(row["trainId"]) for row in rows]
     return LabelSpace(
         name=name,
-        row_ids=tuple(int(row["id"]) for row in rows),
+        row_ids=tuple(int(row.get("png_id", row["id"])) for row in rows),  # COCO's own ids are not the files'
         row_train_ids=tuple(LabelSpace.void if train_id < 0 else train_id for train_id in train_ids),
         row_names=tuple(row["name"] for row in rows),
         row_colours=tuple((int(row["R"]), int(row["G"]), int(row["B"])) for row in rows),
     )
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """The rows of `palettes/<name>.tsv`."""
+    with (PALETTES / f"{name}.tsv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def _colour_codes(rgb: Rgb) -> NDArray[np.uint32]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cldm.pictures import GAP, Rgb
+from datasets.hint_encoding import hint_encoding
 from datasets.hints import find_caption, read_hint
 from datasets.label_space import LabelSpace
 from datasets.streets import CONDITIONS
@@ -44,7 +45,7 @@ class Frame(NamedTuple):
 
     def colours(self) -> Rgb:
         """Its map, painted."""
-        hint = read_hint(self.labels, "auto", LabelSpace.load(LABEL_SPACE), None)
+        hint = read_hint(self.labels, "auto", hint_encoding(LabelSpace.load(LABEL_SPACE)), None)
         return (hint * 255).round().astype("uint8")
 
 

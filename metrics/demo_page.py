@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cldm.pictures import Rgb, overlay, write_png
-from datasets.label_space import read_image
+from datasets.files import read_image
 from datasets.streets.dataset import StreetsDataset
 from datasets.streets.tree import CARD
 from metrics.demo_inputs import (

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cldm.pictures import read_settings
-from datasets.label_space import Rgb, read_image
+from datasets.files import read_image
+from datasets.label_space import Rgb
 from datasets.streets.tree import count_cores
 
 NAME = re.compile(r"(?P<hint>.+)_seed\d+\.png")  # contact sheets and partial files have other names

@@ -20,6 +20,7 @@ from datasets import DATASETS, create_dataset, missing_paths
 from datasets.base import check_size, label_sample, resize_image, to_signed
 from datasets.cityscapes import CityscapesDataset
 from datasets.fill50k import Fill50kDataset
+from datasets.hint_encoding import hint_encoding
 from datasets.label_space import LabelSpace
 from tutorial_dataset import MyDataset
 
@@ -202,8 +203,9 @@ def test_label_maps_need_no_photo(root: Path) -> None:
     add_labels(root, "val", "lindau_000000_000019", constant(24))
     maps = CityscapesDataset.label_maps(root, "val")
     assert list(maps) == ["lindau_000000_000019", "munster_000000_000019"]
-    ids = CityscapesDataset.read_train_ids(maps["lindau_000000_000019"])
-    sample = label_sample(ids, (128, 64), LabelSpace.load("cityscapes"), txt="a street", key="k")
+    ids = CityscapesDataset.read_file_ids(maps["lindau_000000_000019"])
+    encoding = hint_encoding(LabelSpace.load("cityscapes"))
+    sample = label_sample(ids, (128, 64), encoding, txt="a street", key="k")
     assert np.unique(sample["label"]).tolist() == [11]
     assert sample["hint"].shape == (128, 64, 3)
     np.testing.assert_allclose(sample["hint"][0, 0] * 255, [220, 20, 60], rtol=1e-6)

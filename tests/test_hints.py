@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.hint_encoding import hint_encoding
 from datasets.hints import HINT_TYPES, detect_hint_type, find_caption, find_hints, read_hint
 from datasets.label_space import PALETTES, LabelSpace
 
 SPACE = LabelSpace.load("cityscapes")
+ENCODING = hint_encoding(SPACE)
 RNG = np.random.default_rng(0)
 
 
@@ -63,7 +65,7 @@ def test_label_ids_are_painted(
     tmp_path: Path, label_ids: np.ndarray, train_ids: np.ndarray, kind: str
 ) -> None:
     path = save(tmp_path / "ulm_gtFine_labelIds.png", label_ids)
-    hint = read_hint(path, kind, SPACE, None)
+    hint = read_hint(path, kind, ENCODING, None)
     assert (hint.dtype, hint.shape) == (np.float32, (64, 128, 3))
     np.testing.assert_allclose(hint * 255, painted(train_ids), atol=1e-4)
 
@@ -71,13 +73,13 @@ def test_label_ids_are_painted(
 @pytest.mark.parametrize("kind", ["auto", "train_ids"])
 def test_train_ids_are_painted(tmp_path: Path, train_ids: np.ndarray, kind: str) -> None:
     path = save(tmp_path / "0001_labelTrainIds.png", train_ids)
-    np.testing.assert_allclose(read_hint(path, kind, SPACE, None) * 255, painted(train_ids), atol=1e-4)
+    np.testing.assert_allclose(read_hint(path, kind, ENCODING, None) * 255, painted(train_ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["auto", "colours", "image"])
 def test_a_painted_map_stays_as_it_is(tmp_path: Path, train_ids: np.ndarray, kind: str) -> None:
     path = save(tmp_path / "any name.png", painted(train_ids))
-    np.testing.assert_allclose(read_hint(path, kind, SPACE, None) * 255, painted(train_ids), atol=1e-4)
+    np.testing.assert_allclose(read_hint(path, kind, ENCODING, None) * 255, painted(train_ids), atol=1e-4)
 
 
 def test_a_palette_png_is_read_by_its_indices_and_not_by_its_colours(
@@ -86,16 +88,16 @@ def test_a_palette_png_is_read_by_its_indices_and_not_by_its_colours(
     wrong_colours = RNG.integers(0, 256, (256, 3), np.uint8)
     path = save(tmp_path / "x_labelTrainIds.png", train_ids, wrong_colours)
     assert Image.open(path).mode == "P"
-    np.testing.assert_allclose(read_hint(path, "auto", SPACE, None) * 255, painted(train_ids), atol=1e-4)
+    np.testing.assert_allclose(read_hint(path, "auto", ENCODING, None) * 255, painted(train_ids), atol=1e-4)
 
 
 def test_a_picture_is_taken_pixel_by_pixel(tmp_path: Path) -> None:
     picture = RNG.integers(0, 256, (64, 64, 3), np.uint8)
     path = save(tmp_path / "edges.png", picture)
-    hint = read_hint(path, "image", SPACE, None)
+    hint = read_hint(path, "image", ENCODING, None)
     assert hint.dtype == np.float32
     assert (hint == picture.astype(np.float32) / np.float32(255)).all()
-    small = read_hint(path, "image", SPACE, (128, 64))
+    small = read_hint(path, "image", ENCODING, (128, 64))
     assert (small == np.repeat(hint, 2, axis=0)).all(), "resized to the nearest pixel"
 
 
@@ -104,9 +106,9 @@ def test_resizing_makes_no_new_class(
     tmp_path: Path, label_ids: np.ndarray, train_ids: np.ndarray, kind: str
 ) -> None:
     path = save(tmp_path / "a.png", label_ids if kind == "label_ids" else painted(train_ids))
-    hint = (read_hint(path, kind, SPACE, (128, 256)) * 255).round().astype(np.uint8)
+    hint = (read_hint(path, kind, ENCODING, (128, 256)) * 255).round().astype(np.uint8)
     assert (hint == painted(train_ids).repeat(2, axis=0).repeat(2, axis=1)).all()
-    shrunk = (read_hint(path, kind, SPACE, (64, 64)) * 255).round().astype(np.uint8)
+    shrunk = (read_hint(path, kind, ENCODING, (64, 64)) * 255).round().astype(np.uint8)
     assert {*map(tuple, shrunk.reshape(-1, 3))} <= {*COLOURS.values()}
 
 
@@ -128,7 +130,7 @@ def test_what_does_not_fit_is_said(
 ) -> None:
     path = save(tmp_path / name, array)
     with pytest.raises(ValueError, match=r"\S") as error:
-        read_hint(path, kind, SPACE, None)
+        read_hint(path, kind, ENCODING, None)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -170,7 +172,7 @@ def test_real_cityscapes_maps_are_one_a_frame_and_keep_their_classes(real_data: 
     found = find_hints(folder)
     assert {path.name for path in found} == {path.name for path in folder.rglob("*_labelIds.png")}
     label_ids = np.asarray(Image.open(found[0]))
-    hint = (read_hint(found[0], "auto", SPACE, None) * 255).round().astype(np.uint8)
+    hint = (read_hint(found[0], "auto", ENCODING, None) * 255).round().astype(np.uint8)
     pixels = Counter()
     for label_id, count in zip(*np.unique(label_ids, return_counts=True), strict=True):
         pixels[COLOURS[TO_TRAIN[int(label_id)]]] += int(count)
@@ -182,7 +184,7 @@ def test_real_gta_maps_are_read_as_train_ids(real_data: Path) -> None:
     found = find_hints(real_data / "gta/labels")
     assert {detect_hint_type(path) for path in found} == {"train_ids"}
     ids = np.asarray(Image.open(found[0]))
-    hint = (read_hint(found[0], "auto", SPACE, (512, 1024)) * 255).round().astype(np.uint8)
+    hint = (read_hint(found[0], "auto", ENCODING, (512, 1024)) * 255).round().astype(np.uint8)
     assert {*map(tuple, np.unique(hint.reshape(-1, 3), axis=0).tolist())} <= {
         COLOURS[int(i)] for i in np.unique(ids)
     }

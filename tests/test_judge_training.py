@@ -16,7 +16,8 @@ from torch import Tensor
 import tool_train_streets_judge as script
 from cldm.stages import load_stage
 from cldm.tensor_files import read_metadata, read_tensors
-from datasets.label_space import LabelSpace, read_image, read_labels
+from datasets.files import read_image, read_labels
+from datasets.label_space import LabelSpace
 from datasets.streets import CONDITIONS
 from datasets.streets.caption import compose_caption
 from datasets.streets.tree import Plan, make_tree

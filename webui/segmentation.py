@@ -9,12 +9,14 @@ import numpy as np
 from cldm.digests import fingerprint
 from cldm.pictures import Rgb
 from datasets import find_entry, missing_paths
+from datasets.hint_encoding import hint_encoding
 from datasets.hints import detect_hint_type, read_hint
 from datasets.label_space import LabelSpace, Size
 from webui.condition import EXAMPLES, Condition, Hint
 from webui.uploads import check_picture
 
-PALETTE = "cityscapes"
+SPACE = LabelSpace.load("cityscapes")
+ENCODING = hint_encoding(SPACE)
 RENDERED_SIZE = (128, 256)
 KINDS = {
     "detect": "auto",
@@ -32,7 +34,7 @@ def read_label_map(path: Path, kind: str, size: Size | None) -> Hint:
     """
     try:
         check_picture(path)
-        colours = read_hint(path, detect(path) if kind == "auto" else kind, LabelSpace.load(PALETTE), size)
+        colours = read_hint(path, detect(path) if kind == "auto" else kind, ENCODING, size)
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
     painted = (colours * 255).round().astype(np.uint8)  # exact: it was painted from bytes
@@ -52,7 +54,7 @@ def detect(path: Path) -> str:
 
 def legend_of(colours: Rgb) -> dict[str, tuple[int, int, int]]:
     """Colour by class name, of the classes of a painted map, the largest first; void is left out."""
-    space = LabelSpace.load(PALETTE)
+    space = SPACE
     counts = np.bincount(space.from_colours(colours, "the map").ravel(), minlength=256)[: space.num_classes]
     present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
     rgb = {k: space.colours[k].tolist() for k in present}

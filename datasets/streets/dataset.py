@@ -22,10 +22,11 @@ class StreetsDataset(CityscapesDataset):
         split: str = "train",
         size: Size = (128, 256),
         prompt: str | None = None,
+        hint: str = "colours",
     ) -> None:
         """Pair the photos and maps of `split`; a `prompt` replaces the captions of all frames."""
         check_rendered_size(Path(root), size)
-        super().__init__(root, split, size=size, prompt=prompt or "")
+        super().__init__(root, split, size=size, prompt=prompt or "", hint=hint)
         self.captions = {} if prompt else read_captions(self.root)
 
     def __getitem__(self, index: int) -> Sample:
@@ -42,9 +43,10 @@ class StreetsDataset(CityscapesDataset):
         split: str = "val",
         size: Size = (128, 256),
         prompt: str | None = None,
+        hint: str = "colours",
     ) -> list[LabelSample | Sample]:
         """The first `count` frames of a split, with their captions."""
-        samples = super().preview(count, root=root, split=split, size=size, prompt=prompt or "")
+        samples = super().preview(count, root=root, split=split, size=size, prompt=prompt or "", hint=hint)
         captions = {} if prompt else read_captions(Path(root))
         for sample in samples:
             sample["txt"] = captions.get(sample["key"], sample["txt"])

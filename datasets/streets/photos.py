@@ -15,7 +15,8 @@ import numpy as np
 
 from datasets import find_entry, missing_paths
 from datasets.base import check_size, resize_image
-from datasets.label_space import Rgb, Size, read_image
+from datasets.files import read_image
+from datasets.label_space import Rgb, Size
 from datasets.streets import CONDITIONS
 from datasets.streets.dataset import StreetsDataset, read_captions
 from datasets.streets.tree import Plan, count_cores

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datasets.base import CAPTIONS, check_size
-from datasets.label_space import LabelSpace, Rgb, Size, read_labels
+from datasets.files import read_labels
+from datasets.label_space import LabelSpace, Rgb, Size
 from datasets.streets import CONDITIONS, RENDERER_VERSION
 from datasets.streets.caption import compose_caption
 from datasets.streets.render import Frame, render_frame, renderer_hash
