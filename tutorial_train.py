@@ -25,7 +25,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory, refuse
-from cldm.config import RANDOM, check_run, load_run_config, project_path
+from cldm.config import RANDOM, DataConfig, check_run, load_run_config, project_path
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
 log = logging.getLogger("tutorial_train")
@@ -156,7 +156,8 @@ def train(config: DictConfig) -> None:
     """Data -> model -> trainer -> fit."""
     import pytorch_lightning as pl
 
-    from cldm.trainer import build_callbacks, build_loader, build_model, build_trainer
+    from cldm.trainer import build_callbacks, build_loader, build_model, build_trainer, count_samples
+    from datasets.stream import Stream
 
     keep_freed_memory()
     pl.seed_everything(config.train.seed, verbose=False)
@@ -166,8 +167,9 @@ def train(config: DictConfig) -> None:
         for name in ("size", "prompt"):  # recorded in checkpoints, so that sampling knows them
             if config.data[name] is None:
                 config.data[name] = getattr(dataset, name, None)
+        check_kept(config, dataset)
         model, saver = build_model(config)
-        loader = build_loader(config, dataset)
+        loader = build_loader(config, Stream(dataset, config.train.seed, count_samples(config)))
         trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
     except (ValueError, OSError) as error:
         refuse(str(error))
@@ -178,12 +180,19 @@ def train(config: DictConfig) -> None:
 
 def dataset_options(config: DictConfig) -> dict[str, Any]:
     """Keywords of the data set; what the run leaves open is the data set's own."""
-    options = {name: config.data[name] for name in ("root", "split", "size", "prompt")}
-    return {
-        name: OmegaConf.to_object(value) if name == "size" else value
-        for name, value in options.items()
-        if value is not None
-    }
+    names = ("root", "split", "size", "prompt", "hint", "crop", "zoom", "flip")
+    given, own = OmegaConf.to_object(config).data, DataConfig()
+    return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(own, name)}
+
+
+def check_kept(config: DictConfig, dataset: Any) -> None:
+    """Refuse to keep latents by frame where a frame does not look the same every time."""
+    framing = getattr(dataset, "framing", None)
+    if config.train.keep_latents and framing is not None and not framing.is_fixed:
+        raise ValueError(
+            "expected samples that stay the same with train.keep_latents=true, found"
+            f" data.crop={framing.crop} and data.flip={framing.flip}; set keep_latents to false"
+        )
 
 
 def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
@@ -199,9 +208,11 @@ def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
 
 def validation_samples(dataset: Any, split: str, count: int) -> Sequence[Any]:
     """Frames spread over a split, or the first maps of one that has no photos."""
-    options = {"root": dataset.root, "size": dataset.size, "prompt": dataset.prompt}
+    encoding = dataset.encoding.name
+    options = {"root": dataset.root, "size": dataset.size, "prompt": dataset.prompt, "hint": encoding}
+    crop = "none" if dataset.framing.crop == "none" else "centre"
     with contextlib.suppress(FileNotFoundError):
-        return spread(type(dataset)(split=split, **options), count)
+        return spread(type(dataset)(split=split, crop=crop, **options), count)
     return dataset.preview(count, split=split, **options)
 
 

@@ -60,6 +60,10 @@ class DataConfig:
     val_split: str | None = "val"  # grid and validation show its frames; null takes training ones
     size: list[int] | None = None  # height and width, multiples of 64; null is the data set's own
     prompt: str | None = None  # one sentence for every sample; null is the data set's own
+    hint: str = "colours"  # what label maps look like to the control: an encoding of datasets.hint_encoding
+    crop: str = "none"  # none squeezes whole frames into the size; centre and random keep their shape
+    zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])  # lowest and highest, of random crops
+    flip: float = 0.0  # share of samples that are mirrored
     num_workers: int = 4  # loader processes
 
 

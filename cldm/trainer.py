@@ -52,15 +52,19 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
     return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
 
 
-def build_loader(config: DictConfig, dataset: Dataset) -> DataLoader:
-    """Shuffled batches; a data set smaller than a batch is one batch."""
+def count_samples(config: DictConfig) -> int:
+    """Samples that the run takes, on all of its devices."""
+    train, device = config.train, find_device("auto")
+    devices = 1 if device.type == "cpu" else len(train.gpus or ()) or torch.cuda.device_count()
+    return (1 if train.dry_run else train.max_steps) * train.accumulate * train.batch_size * devices
+
+
+def build_loader(config: DictConfig, stream: Dataset) -> DataLoader:
+    """Batches of the samples of a run, in their order; Lightning deals them out to the ranks."""
     return DataLoader(
-        dataset,
+        stream,
         batch_size=config.train.batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= config.train.batch_size,
         num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
         pin_memory=find_device("auto").type == "cuda",
     )
 

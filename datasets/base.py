@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.files import read_image, read_labels
+from datasets.framing import Framing
 from datasets.hint_encoding import HintEncoding, hint_encoding
 from datasets.label_space import Ids, LabelSpace, Rgb, Size, resize_labels
 
@@ -70,18 +71,35 @@ class SegmentationDataset:
     label_space: ClassVar[str]  # a name for LabelSpace.load
     layout: ClassVar[str]  # the files that belong to a split, for errors
     source: ClassVar[str]  # where the data set is obtained
+    default_root: ClassVar[str]
+    default_split: ClassVar[str] = "train"
+    default_size: ClassVar[Size]
+    default_prompt: ClassVar[str]
 
     def __init__(
-        self, root: str | Path, split: str, *, size: Size, prompt: str, hint: str = "colours"
+        self,
+        root: str | Path | None = None,
+        split: str | None = None,
+        size: Size | None = None,
+        prompt: str | None = None,
+        *,
+        hint: str = "colours",
+        crop: str = "none",
+        zoom: tuple[float, float] = (1.0, 1.0),
+        flip: float = 0.0,
     ) -> None:
         """Find the pairs of `split`; none is an error, files without a partner are left out.
 
-        hint  an encoding of `datasets.hint_encoding`
+        size              (H, W) of a sample
+        prompt            every frame's text
+        hint              an encoding of `datasets.hint_encoding`
+        crop, zoom, flip  as in `datasets.framing.Framing`
         """
-        self.root = Path(root)
-        self.split = split
-        self.size = check_size(size)
-        self.prompt = prompt
+        self.root = Path(self.default_root if root is None else root)
+        self.split = self.default_split if split is None else split
+        self.size = check_size(self.default_size if size is None else size)
+        self.prompt = self.default_prompt if prompt is None else prompt
+        self.framing = Framing(self.size, crop, (zoom[0], zoom[1]), flip)
         self.space = LabelSpace.load(self.label_space)
         self.encoding = hint_encoding(self.space, hint)
         self.pairs = self._find_pairs()
@@ -91,12 +109,17 @@ class SegmentationDataset:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        """One pair as a sample, at the size of the data set."""
+        """One pair as a sample; a random window is the same every time, see `sample` for others."""
+        return self.sample(index, np.random.default_rng(index))
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """One pair as a sample, its window drawn by `rng`."""
         pair = self.pairs[index]
         image, ids = read_image(pair.image), self.read_file_ids(pair.labels, self.encoding)
         _check_same_frame(image, ids, pair)
-        labels = label_sample(ids, self.size, self.encoding, txt=self.prompt, key=pair.key)
-        return {"jpg": to_signed(resize_image(image, self.size)), **labels}
+        window = self.framing.window((image.shape[0], image.shape[1]), rng)
+        labels = label_sample(window.cut(ids), self.size, self.encoding, txt=self.prompt, key=pair.key)
+        return {"jpg": to_signed(resize_image(window.cut(image), self.size)), **labels}
 
     @classmethod
     def find_photos(cls, root: Path, split: str) -> dict[str, Path]:
@@ -155,7 +178,7 @@ class SegmentationDataset:
     def preview(
         cls, count: int, *, root: str | Path, split: str, size: Size, prompt: str, hint: str = "colours"
     ) -> list[LabelSample | Sample]:
-        """The first `count` label maps of a split as samples, with their photo where there is one."""
+        """The first `count` label maps of a split as samples, whole, with their photo where there is one."""
         encoding = hint_encoding(LabelSpace.load(cls.label_space), hint)
         photos = cls.find_photos(Path(root), split)
         samples: list[LabelSample | Sample] = []

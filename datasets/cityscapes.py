@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets.base import SegmentationDataset, index_by_stem
-from datasets.label_space import LabelSpace, Size
+from datasets.label_space import LabelSpace
 
 PHOTO = "_leftImg8bit.png"
 LABEL_IDS = "_gtFine_labelIds.png"
@@ -22,17 +22,9 @@ class CityscapesDataset(SegmentationDataset):
     label_space = "cityscapes"
     layout = "leftImg8bit/{split}/<city>/*_leftImg8bit.png and gtFine/{split}/<city>/*_gtFine_labelIds.png"
     source = "https://www.cityscapes-dataset.com/"
-
-    def __init__(
-        self,
-        root: str | Path = "data/cityscapes",
-        split: str = "train",
-        size: Size = (512, 1024),
-        prompt: str = "City road scenes.",
-        hint: str = "colours",
-    ) -> None:
-        """Pair the photos and maps of `split`; `size` is (H, W), `prompt` is every frame's text."""
-        super().__init__(root, split, size=size, prompt=prompt, hint=hint)
+    default_root = "data/cityscapes"
+    default_size = (512, 1024)
+    default_prompt = "City road scenes."
 
     @classmethod
     def find_photos(cls, root: Path, split: str) -> dict[str, Path]:

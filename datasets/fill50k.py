@@ -44,6 +44,10 @@ class Fill50kDataset:
             "key": Path(item["target"]).stem,
         }
 
+    def sample(self, index: int, rng: np.random.Generator) -> ControlSample:
+        """The same: nothing here is drawn."""
+        return self[index]
+
     def _read_index(self, path: Path) -> list[dict[str, str]]:
         if not path.is_file():
             raise FileNotFoundError(

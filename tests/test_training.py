@@ -264,7 +264,7 @@ def test_the_unit_is_the_optimizer_step(
     assert run.grids == ["step=000000.png", "step=000002.png", "step=000004.png"]
 
 
-def test_fewer_samples_than_a_batch_are_one_batch(
+def test_a_batch_may_be_larger_than_the_data_set(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -275,7 +275,7 @@ def test_fewer_samples_than_a_batch_are_one_batch(
         lambda self, batch, i: sizes.append(len(batch["txt"])) or step(self, batch, i),
     )
     run = recipe.run(tmp_path, "--batch_size", "7", **SILENT)
-    assert sizes == [4, 4]
+    assert sizes == [7, 7], "the next pass begins in the same batch"
     assert run.files == ["step=000002.safetensors"]
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from datasets.base import CAPTIONS, LabelSample, Sample
 from datasets.cityscapes import CityscapesDataset
@@ -16,22 +19,26 @@ class StreetsDataset(CityscapesDataset):
 
     source = "python tool_make_streets.py"
 
+    default_root = "data/streets"
+    default_size = (128, 256)
+    default_prompt = ""
+
     def __init__(
         self,
-        root: str | Path = "data/streets",
-        split: str = "train",
-        size: Size = (128, 256),
+        root: str | Path | None = None,
+        split: str | None = None,
+        size: Size | None = None,
         prompt: str | None = None,
-        hint: str = "colours",
+        **options: Any,
     ) -> None:
-        """Pair the photos and maps of `split`; a `prompt` replaces the captions of all frames."""
-        check_rendered_size(Path(root), size)
-        super().__init__(root, split, size=size, prompt=prompt or "", hint=hint)
+        """As `SegmentationDataset`; a `prompt` replaces the captions of all frames."""
+        check_rendered_size(Path(root or self.default_root), size or self.default_size)
+        super().__init__(root, split, size, prompt, **options)
         self.captions = {} if prompt else read_captions(self.root)
 
-    def __getitem__(self, index: int) -> Sample:
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """One frame as a sample, with its caption."""
-        sample = super().__getitem__(index)
+        sample = super().sample(index, rng)
         return {**sample, "txt": self.captions.get(sample["key"], self.prompt)}
 
     @classmethod
