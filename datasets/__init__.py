@@ -50,6 +50,14 @@ class DatasetEntry:
 
 
 DATASETS: dict[str, DatasetEntry] = {
+    "ade20k": DatasetEntry(
+        module="ade20k",
+        class_name="ADE20KDataset",
+        default_root="data/ade20k",
+        expected=("images", "annotations"),
+        source="http://sceneparsing.csail.mit.edu/",
+        label_space="ade20k",
+    ),
     "cityscapes": DatasetEntry(
         module="cityscapes",
         class_name="CityscapesDataset",
@@ -58,6 +66,14 @@ DATASETS: dict[str, DatasetEntry] = {
         source="https://www.cityscapes-dataset.com/",
         label_space="cityscapes",
     ),
+    "cocostuff": DatasetEntry(
+        module="cocostuff",
+        class_name="COCOStuffDataset",
+        default_root="data/cocostuff",
+        expected=("images", "annotations"),
+        source="https://github.com/nightrome/cocostuff",
+        label_space="cocostuff",
+    ),
     "fill50k": DatasetEntry(
         module="fill50k",
         class_name="Fill50kDataset",
@@ -65,6 +81,14 @@ DATASETS: dict[str, DatasetEntry] = {
         expected=("prompt.json", "source", "target"),
         source="https://huggingface.co/lllyasviel/ControlNet/tree/main/training",
         label_space=None,
+    ),
+    "gta": DatasetEntry(
+        module="gta",
+        class_name="GTADataset",
+        default_root="data/gta",
+        expected=("images", "labels"),
+        source="https://download.visinf.tu-darmstadt.de/data/from_games/",
+        label_space="cityscapes",
     ),
     "streets": DatasetEntry(
         module="streets",

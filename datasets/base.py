@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from datasets.files import read_image, read_labels
 from datasets.framing import Framing
 from datasets.hint_encoding import HintEncoding, hint_encoding
-from datasets.label_space import Ids, LabelSpace, Rgb, Size, resize_labels
+from datasets.label_space import Ids, LabelSpace, RawIds, Rgb, Size, resize_labels
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,11 @@ class SegmentationDataset:
         return {"jpg": to_signed(resize_image(window.cut(image), self.size)), **labels}
 
     @classmethod
+    def folder_of(cls, split: str) -> str:
+        """What a split is called on disk."""
+        return split
+
+    @classmethod
     def find_photos(cls, root: Path, split: str) -> dict[str, Path]:
         """Photo by stem, of this split only."""
         raise NotImplementedError
@@ -147,19 +152,24 @@ class SegmentationDataset:
         return path
 
     @classmethod
+    def read_raw_ids(cls, path: Path) -> RawIds:
+        """What a label file holds, not checked."""
+        return read_labels(path)
+
+    @classmethod
     def read_file_ids(cls, path: Path, encoding: HintEncoding | None = None) -> Ids:
         """Checked file ids of one label file; of train ids those that stand for them, if that is enough."""
         if encoding is not None and encoding.tells_void_apart:
             path = cls.with_label_ids(path)
         space = LabelSpace.load(cls.label_space)
         if not cls.holds_train_ids(path):
-            return space.check_file_ids(read_labels(path), where=str(path))
+            return space.check_file_ids(cls.read_raw_ids(path), where=str(path))
         if encoding is not None and encoding.tells_void_apart:
             raise ValueError(
                 f"{path}: expected label ids, because the hint encoding {encoding.name!r} tells void classes"
                 " apart, found train ids; add the file of label ids or choose another encoding."
             )
-        return space.to_file_ids(read_labels(path), where=str(path))
+        return space.to_file_ids(cls.read_raw_ids(path), where=str(path))
 
     @classmethod
     def read_train_ids(cls, path: Path) -> Ids:
@@ -205,9 +215,10 @@ class SegmentationDataset:
 
     @classmethod
     def _nothing_found(cls, root: Path, split: str, found: str) -> str:
+        layout = cls.layout.format(split=cls.folder_of(split))
         present = ", ".join(cls.splits(root)) or "none"
         return (
-            f"{root}: expected {cls.layout.format(split=split)}, found {found} (splits on disk: {present})."
+            f"{root}: expected {layout}, found {found} (splits on disk: {present})."
             f" Set the data root to the folder that holds them; the data are at {cls.source}"
         )
 

@@ -9,7 +9,8 @@ from datasets.label_space import LabelSpace
 
 PHOTO = "_leftImg8bit.png"
 LABEL_IDS = "_gtFine_labelIds.png"
-TRAIN_IDS = "_gtFine_labelTrainIds.png"
+TRAIN_ID_ENDING = "_labelTrainIds"
+TRAIN_IDS = f"_gtFine{TRAIN_ID_ENDING}.png"
 
 
 class CityscapesDataset(SegmentationDataset):
@@ -51,7 +52,7 @@ class CityscapesDataset(SegmentationDataset):
     @classmethod
     def holds_train_ids(cls, path: Path) -> bool:
         """True of `labelTrainIds` files."""
-        return path.stem.endswith("_labelTrainIds")
+        return path.stem.endswith(TRAIN_ID_ENDING)
 
     @classmethod
     def with_label_ids(cls, path: Path) -> Path:

@@ -344,7 +344,7 @@ def test_the_registry_makes_data_sets_by_name(root: Path, fill50k: Path) -> None
     assert len(dataset) == 1
     assert isinstance(create_dataset("fill50k", root=fill50k), Fill50kDataset)
     with pytest.raises(
-        ValueError, match=r"'cityscape': expected one of cityscapes, fill50k.*mean 'cityscapes'"
+        ValueError, match=r"'cityscape': expected one of ade20k, cityscapes, .*mean 'cityscapes'"
     ):
         create_dataset("cityscape")
 
@@ -371,6 +371,86 @@ def test_missing_paths_are_listed(root: Path, tmp_path: Path) -> None:
         root / "gtFine/gtFine",
     ]
     assert missing_paths("fill50k", root) == [root / name for name in ("prompt.json", "source", "target")]
+
+
+def add_pair(root: Path, photo: str, labels: str, ids: np.ndarray, *, grey: bool = False) -> None:
+    """A photo of noise and its label map, wherever a data set wants them."""
+    shape = ids.shape if grey else (*ids.shape, 3)
+    save(root / photo, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    save(root / labels, ids)
+
+
+def test_ade20k_reads_its_two_splits_and_zero_is_void(tmp_path: Path) -> None:
+    ids = np.array([[0, 1], [7, 150]], np.uint8).repeat(64, axis=0).repeat(64, axis=1)
+    add_pair(
+        tmp_path, "images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png", ids, grey=True
+    )
+    add_pair(tmp_path, "images/validation/ADE_val_1.jpg", "annotations/validation/ADE_val_1.png", ids)
+    train, val = (create_dataset("ade20k", root=tmp_path, split=s, size=(128, 128)) for s in ("train", "val"))
+    assert [train[0]["key"], val[0]["key"]] == ["ADE_train_1", "ADE_val_1"]
+    assert train[0]["label"][[0, 0, 100, 100], [0, 100, 0, 100]].tolist() == [255, 0, 6, 149]
+    assert np.ptp(train[0]["jpg"], axis=2).max() == 0, "a grey photo has three equal channels"
+    hint = np.round(train[0]["hint"][[0, 0, 100], [0, 100, 0]] * 255).astype(int)
+    assert hint.tolist() == [[0, 0, 0], [120, 120, 120], [140, 140, 140]]
+    assert (
+        create_dataset("ade20k", root=tmp_path, split="validation", size=(128, 128))[0]["key"] == "ADE_val_1"
+    )
+    grid = create_dataset("ade20k", root=tmp_path, size=(128, 128), hint="scp_diff_grid")[0]["hint"]
+    assert np.round(grid[100, 100] * 255).tolist() == [90, 0, 90]  # 150 = 3 * 49 + 0 * 7 + 3
+
+
+def test_coco_stuff_keeps_void_and_refuses_ids_beyond_its_table(tmp_path: Path) -> None:
+    ids = np.array([[0, 11], [150, 255]], np.uint8).repeat(64, axis=0).repeat(64, axis=1)
+    add_pair(tmp_path, "images/train2017/000000000001.jpg", "annotations/train2017/000000000001.png", ids)
+    sample = create_dataset("cocostuff", root=tmp_path, size=(128, 128))[0]
+    assert sample["label"][[0, 0, 100, 100], [0, 100, 0, 100]].tolist() == [0, 255, 139, 255]
+    add_pair(tmp_path, "images/val2017/2.jpg", "annotations/val2017/2.png", np.full((64, 64), 182, np.uint8))
+    with pytest.raises(ValueError, match=r"2\.png: expected cocostuff label ids 0\.\.181, 255, found 182"):
+        create_dataset("cocostuff", root=tmp_path, split="val", size=(64, 64))[0]
+    with pytest.raises(FileNotFoundError, match=r"images/test/\*\.jpg.*splits on disk: train2017, val2017"):
+        create_dataset("cocostuff", root=tmp_path, split="test")
+
+
+def test_gta_has_cityscapes_ids_licence_plates_and_lists_as_splits(tmp_path: Path) -> None:
+    ids = np.array([[7, 34]], np.uint8).repeat(64, axis=0).repeat(64, axis=1)
+    for number in ("00001", "00002", "00003"):
+        add_pair(tmp_path, f"images/{number}.png", f"labels/{number}.png", ids)
+    save(tmp_path / "labels/00003_labelTrainIds.png", np.zeros((64, 128), np.uint8))
+    (tmp_path / "labels/00002.png").rename(tmp_path / "labels/00002_labelTrainIds.png")
+    save(tmp_path / "labels/00002_labelTrainIds.png", np.where(ids == 7, 13, 255).astype(np.uint8))
+    frames = create_dataset("gta", root=tmp_path, size=(64, 128))
+    assert [(s["key"], *s["label"][0, [0, 100]].tolist()) for s in (frames[i] for i in range(3))] == [
+        ("00001", 0, 255),
+        ("00002", 13, 255),
+        ("00003", 0, 255),
+    ]
+    plates = create_dataset("gta", root=tmp_path, size=(64, 128), hint="label_colours")[0]
+    assert np.round(plates["hint"][0, 100] * 255).tolist() == [0, 0, 142]
+    with pytest.raises(FileNotFoundError, match=r"those of val\.txt.*splits on disk: train"):
+        create_dataset("gta", root=tmp_path, split="val")
+    (tmp_path / "val.txt").write_text("00003.png\n", encoding="utf-8")
+    (tmp_path / "train.txt").write_text("00001\n00002\n", encoding="utf-8")
+    keys = {s: [p.key for p in create_dataset("gta", root=tmp_path, split=s).pairs] for s in ("train", "val")}
+    assert keys == {"train": ["00001", "00002"], "val": ["00003"]}
+
+
+@needs_samples
+def test_real_coco_stuff_and_gta_maps_are_read() -> None:
+    coco = create_dataset("cocostuff", root=SAMPLES.parent / "coco-stuff")
+    assert [sample["jpg"].shape for sample in (coco[i] for i in range(len(coco)))] == [(384, 512, 3)] * 4
+    present = np.unique(coco[0]["label"]).tolist()
+    table = LabelSpace.load("cocostuff")
+    named = {table.names[k] for k in present if k != 255}
+    assert named == {"person", "cat", "bed", "laptop", "textile-other"}, "what 000000017914.jpg shows"
+    maps = create_dataset_class("gta").find_label_maps(SAMPLES.parent / "gta", "train")
+    assert list(maps) == ["06835", "07025"]
+    ids = create_dataset_class("gta").read_train_ids(maps["07025"])
+    np.testing.assert_array_equal(ids, np.asarray(Image.open(maps["07025"])))
+
+
+def create_dataset_class(name: str) -> type:
+    """The class of a data set, for what it knows of files without a photo."""
+    return DATASETS[name].load()
 
 
 def test_importing_the_package_is_light() -> None:
