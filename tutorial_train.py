@@ -42,6 +42,7 @@ FLAGS = {
     "sd_locked": "train.sd_locked",
 }
 
+NOT_OF_DATASETS = ("name", "val_split", "num_workers")  # keys of `data` that are the run's own
 OTHER_SUFFIX = {".safetensors": ".ckpt", ".ckpt": ".safetensors"}
 OBTAIN_WEIGHTS = """\
   SD 1.5: v1-5-pruned.safetensors of huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -180,9 +181,9 @@ def train(config: DictConfig) -> None:
 
 def dataset_options(config: DictConfig) -> dict[str, Any]:
     """Keywords of the data set; what the run leaves open is the data set's own."""
-    names = ("root", "split", "size", "prompt", "hint", "crop", "zoom", "flip")
-    given, own = OmegaConf.to_object(config).data, DataConfig()
-    return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(own, name)}
+    given, own = vars(OmegaConf.to_object(config).data), vars(DataConfig())
+    options = {name: given[name] for name in own if name not in NOT_OF_DATASETS and given[name] != own[name]}
+    return options | ({"seed": config.train.seed} if options.get("words") else {})
 
 
 def check_kept(config: DictConfig, dataset: Any) -> None:
@@ -208,12 +209,10 @@ def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
 
 def validation_samples(dataset: Any, split: str, count: int) -> Sequence[Any]:
     """Frames spread over a split, or the first maps of one that has no photos."""
-    encoding = dataset.encoding.name
-    options = {"root": dataset.root, "size": dataset.size, "prompt": dataset.prompt, "hint": encoding}
-    crop = "none" if dataset.framing.crop == "none" else "centre"
+    options = {"root": dataset.root, "size": dataset.size, "hint": dataset.encoding.name}
     with contextlib.suppress(FileNotFoundError):
-        return spread(type(dataset)(split=split, crop=crop, **options), count)
-    return dataset.preview(count, split=split, **options)
+        return spread(dataset.still(split), count)
+    return dataset.preview(count, split=split, prompts=dataset.prompts, **options)
 
 
 def spread(dataset: Any, count: int) -> list[Any]:

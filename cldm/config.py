@@ -59,7 +59,10 @@ class DataConfig:
     split: str | None = None  # by default the data set's training split
     val_split: str | None = "val"  # grid and validation show its frames; null takes training ones
     size: list[int] | None = None  # height and width, multiples of 64; null is the data set's own
-    prompt: str | None = None  # one sentence for every sample; null is the data set's own
+    prompt: str | None = None  # a sentence of datasets.prompts; null is the data set's own
+    words: dict[str, list[str]] = field(default_factory=dict)  # of each {name} that the sentence draws
+    captions: str | None = None  # file of the {caption}s, by stem; null is captions.json of the root
+    drop_prompt: float = 0.0  # share of samples without a prompt
     hint: str = "colours"  # what label maps look like to the control: an encoding of datasets.hint_encoding
     crop: str = "none"  # none squeezes whole frames into the size; centre and random keep their shape
     zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])  # lowest and highest, of random crops

@@ -17,7 +17,7 @@ class RecordedRun(NamedTuple):
     """What a checkpoint says of the run that made it; None where it says nothing."""
 
     size: tuple[int, int] | None
-    prompt: str | None
+    prompt: str | None  # none as well if there are names in it to fill in for each frame
     sample: SampleConfig
 
 
@@ -39,6 +39,6 @@ def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) 
         raise ValueError(f"{checkpoint}: its run_config: {str(error.msg).splitlines()[0]}") from error
     check_sample(sample)
     size = OmegaConf.select(run, "data.size")
-    return RecordedRun(
-        None if size is None else (int(size[0]), int(size[1])), OmegaConf.select(run, "data.prompt"), sample
-    )
+    prompt = OmegaConf.select(run, "data.prompt")
+    fixed = None if prompt is None or "{" in prompt else str(prompt)
+    return RecordedRun(None if size is None else (int(size[0]), int(size[1])), fixed, sample)

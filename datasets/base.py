@@ -7,10 +7,10 @@ are, so nothing here needs torch. A new data set says where its files are and wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Self, TypedDict
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from datasets.files import read_image, read_labels
 from datasets.framing import Framing
 from datasets.hint_encoding import HintEncoding, hint_encoding
 from datasets.label_space import Ids, LabelSpace, RawIds, Rgb, Size, resize_labels
+from datasets.prompts import Prompts, read_captions
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +88,19 @@ class SegmentationDataset:
         crop: str = "none",
         zoom: tuple[float, float] = (1.0, 1.0),
         flip: float = 0.0,
+        words: Mapping[str, Sequence[str]] | None = None,
+        captions: str | Path | None = None,
+        drop_prompt: float = 0.0,
+        seed: int = 0,
     ) -> None:
         """Find the pairs of `split`; none is an error, files without a partner are left out.
 
         size              (H, W) of a sample
-        prompt            every frame's text
+        prompt            a sentence of `datasets.prompts`, with its words and the seed that draws among them
         hint              an encoding of `datasets.hint_encoding`
         crop, zoom, flip  as in `datasets.framing.Framing`
+        captions          a file; by default captions.json of the root, if it is there
+        drop_prompt       share of samples that get none
         """
         self.root = Path(self.default_root if root is None else root)
         self.split = self.default_split if split is None else split
@@ -103,6 +110,11 @@ class SegmentationDataset:
         self.space = LabelSpace.load(self.label_space)
         self.encoding = hint_encoding(self.space, hint)
         self.pairs = self._find_pairs()
+        self.captions = self.root / CAPTIONS if captions is None else Path(captions)
+        texts = read_captions(self.captions) if captions is not None or self.captions.is_file() else None
+        self.prompts = Prompts(self.prompt, words=words, captions=texts, seed=seed)
+        self.prompts.check_keys((pair.key for pair in self.pairs), str(self.captions))
+        self.drop_prompt = check_share(drop_prompt, "of prompts that are dropped")
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -118,8 +130,24 @@ class SegmentationDataset:
         image, ids = read_image(pair.image), self.read_file_ids(pair.labels, self.encoding)
         _check_same_frame(image, ids, pair)
         window = self.framing.window((image.shape[0], image.shape[1]), rng)
-        labels = label_sample(window.cut(ids), self.size, self.encoding, txt=self.prompt, key=pair.key)
+        labels = label_sample(window.cut(ids), self.size, self.encoding, txt="", key=pair.key)
+        if rng.random() >= self.drop_prompt:
+            labels["txt"] = self.prompts.of(pair.key, labels["label"], self.space)
         return {"jpg": to_signed(resize_image(window.cut(image), self.size)), **labels}
+
+    def still(self, split: str) -> Self:
+        """Another split as this one is seen, but nothing drawn: centres instead of random windows."""
+        return type(self)(
+            self.root,
+            split,
+            self.size,
+            self.prompt,
+            hint=self.encoding.name,
+            crop="none" if self.framing.crop == "none" else "centre",
+            words=self.prompts.words,
+            captions=self.captions if self.prompts.captions is not None else None,
+            seed=self.prompts.seed,
+        )
 
     @classmethod
     def folder_of(cls, split: str) -> str:
@@ -186,14 +214,15 @@ class SegmentationDataset:
 
     @classmethod
     def preview(
-        cls, count: int, *, root: str | Path, split: str, size: Size, prompt: str, hint: str = "colours"
+        cls, count: int, *, root: str | Path, split: str, size: Size, prompts: Prompts, hint: str = "colours"
     ) -> list[LabelSample | Sample]:
         """The first `count` label maps of a split as samples, whole, with their photo where there is one."""
         encoding = hint_encoding(LabelSpace.load(cls.label_space), hint)
         photos = cls.find_photos(Path(root), split)
         samples: list[LabelSample | Sample] = []
         for key, path in list(cls.label_maps(root, split).items())[:count]:
-            labels = label_sample(cls.read_file_ids(path, encoding), size, encoding, txt=prompt, key=key)
+            labels = label_sample(cls.read_file_ids(path, encoding), size, encoding, txt="", key=key)
+            labels["txt"] = prompts.of(key, labels["label"], encoding.space)
             photo = photos.get(key)
             samples.append(
                 labels
@@ -221,6 +250,13 @@ class SegmentationDataset:
             f"{root}: expected {layout}, found {found} (splits on disk: {present})."
             f" Set the data root to the folder that holds them; the data are at {cls.source}"
         )
+
+
+def check_share(share: float, what: str) -> float:
+    """The share itself, if it is one."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"expected a share {what} in 0..1, found {share}")
+    return share
 
 
 def check_size(size: Size) -> Size:

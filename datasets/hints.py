@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from datasets.base import CAPTIONS, check_size
 from datasets.files import is_colour_map, read_image, read_labels
 from datasets.hint_encoding import HintEncoding
 from datasets.label_space import Ids, LabelSpace, Size, resize_labels
+from datasets.prompts import read_captions
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -70,15 +70,17 @@ def find_caption(path: Path) -> str | None:
     stem = path.stem.partition("_gtFine")[0]
     for folder in list(path.resolve().parents)[:4]:
         if (folder / CAPTIONS).is_file():
-            return read_captions(folder / CAPTIONS).get(stem)
+            return captions_of(folder / CAPTIONS).get(stem)
     return None
 
 
 @lru_cache(maxsize=4)
-def read_captions(path: Path) -> dict[str, str]:
-    """Caption by stem."""
-    captions = json.loads(path.read_text(encoding="utf-8"))
-    return captions if isinstance(captions, dict) else {}
+def captions_of(path: Path) -> dict[str, str]:
+    """Caption by stem; of a file that holds something else none."""
+    try:
+        return read_captions(path)
+    except ValueError:
+        return {}
 
 
 def detect_hint_type(path: Path) -> str:

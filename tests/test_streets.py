@@ -308,7 +308,10 @@ def test_cityscapes_own_loader_reads_it_and_ours_adds_captions(tree: Path) -> No
         assert b["txt"] == frame.caption
         np.testing.assert_array_equal(np.round((b["jpg"] + 1) * 127.5), frame.image)
     assert StreetsDataset(tree, "val", SMALL, prompt="x")[0]["txt"] == "x"
-    assert StreetsDataset.preview(2, root=tree, split="val", size=SMALL)[1]["txt"] == ours[1]["txt"]
+    assert (
+        StreetsDataset.preview(2, root=tree, split="val", size=SMALL, prompts=ours.prompts)[1]["txt"]
+        == ours[1]["txt"]
+    )
 
 
 def test_colour_files_hold_the_colours_of_the_table_void_ids_too(tree: Path) -> None:

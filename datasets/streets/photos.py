@@ -18,7 +18,7 @@ from datasets.base import check_size, resize_image
 from datasets.files import read_image
 from datasets.label_space import Rgb, Size
 from datasets.streets import CONDITIONS
-from datasets.streets.dataset import StreetsDataset, read_captions
+from datasets.streets.dataset import StreetsDataset, captions_of_tree
 from datasets.streets.tree import Plan, count_cores
 
 LEAST_VAL = 100  # validation frames of a tree that is rendered here
@@ -67,7 +67,7 @@ def read_photos(data: PhotosWanted, split: str) -> Frames:
 def captions_by_condition(root: str | Path) -> list[str]:
     """The caption of one validation frame of each condition."""
     keys = sorted(StreetsDataset.find_photos(Path(root), "val"), key=frame_order)[: len(CONDITIONS)]
-    captions = read_captions(Path(root))
+    captions = captions_of_tree(Path(root))
     return [captions[key] for key in keys]
 
 
@@ -93,7 +93,7 @@ def read_frames(root: str | Path, split: str, size: Size, count: int) -> Frames:
             f" python tool_make_streets.py --out {root} --{split} {count}"
         )
     keys = sorted(photos, key=frame_order)[:count]
-    captions = read_captions(Path(root))
+    captions = captions_of_tree(Path(root))
     images = np.empty((count, *check_size(size), 3), np.uint8)
 
     def fill(i: int) -> None:
