@@ -14,7 +14,6 @@ DEFAULT_ROOT_DIR/lightning_logs/version_N.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import sys
@@ -199,7 +198,7 @@ def check_kept(config: DictConfig, dataset: Any) -> None:
 def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
     """What validation measures and the grid shows the first of: validation frames, else training ones."""
     count = max(config.train.grid_images, config.train.val_samples if config.train.val_freq else 0)
-    if config.data.val_split is not None and hasattr(dataset, "preview"):
+    if config.data.val_split is not None and hasattr(dataset, "still"):
         try:
             return validation_samples(dataset, config.data.val_split, count)
         except FileNotFoundError as error:
@@ -209,9 +208,12 @@ def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
 
 def validation_samples(dataset: Any, split: str, count: int) -> Sequence[Any]:
     """Frames spread over a split, or the first maps of one that has no photos."""
-    options = {"root": dataset.root, "size": dataset.size, "hint": dataset.encoding.name}
-    with contextlib.suppress(FileNotFoundError):
+    try:
         return spread(dataset.still(split), count)
+    except FileNotFoundError:
+        if not hasattr(dataset, "preview"):
+            raise
+    options = {"root": dataset.root, "size": dataset.size, "hint": dataset.encoding.name}
     return dataset.preview(count, split=split, prompts=dataset.prompts, **options)
 
 

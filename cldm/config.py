@@ -64,6 +64,7 @@ class DataConfig:
     captions: str | None = None  # file of the {caption}s, by stem; null is captions.json of the root
     drop_prompt: float = 0.0  # share of samples without a prompt
     hint: str = "colours"  # what label maps look like to the control: an encoding of datasets.hint_encoding
+    label_space: str | None = None  # of the label maps of triples, which need none
     crop: str = "none"  # none squeezes whole frames into the size; centre and random keep their shape
     zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])  # lowest and highest, of random crops
     flip: float = 0.0  # share of samples that are mirrored

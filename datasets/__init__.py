@@ -99,6 +99,14 @@ DATASETS: dict[str, DatasetEntry] = {
         label_space="cityscapes",
         prepare="make_tree",
     ),
+    "triples": DatasetEntry(
+        module="triples",
+        class_name="TriplesDataset",
+        default_root="data/triples",
+        expected=(),
+        source="files of your own",
+        label_space=None,
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets.label_space import RawIds, Rgb
 
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 LABEL_FORMATS = ("PNG", "BMP", "TIFF")
 LABEL_MODES = ("P", "L", "I", "I;16", "I;16B")
 

@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.base import CAPTIONS, check_size
-from datasets.files import is_colour_map, read_image, read_labels
+from datasets.files import IMAGE_SUFFIXES, is_colour_map, read_image, read_labels
 from datasets.hint_encoding import HintEncoding
 from datasets.label_space import Ids, LabelSpace, Size, resize_labels
 from datasets.prompts import read_captions
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 LABEL_MAPS = ("labelIds", "labelTrainIds", "color")
 FRAME_MAPS = {  # by hint type: which of a frame's maps is taken

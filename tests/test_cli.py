@@ -55,7 +55,7 @@ FLAGS = {
     "tool_train_streets_base.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_judge.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
-    "tutorial_dataset.py": {"--root", "--index"},
+    "tutorial_dataset.py": {"--root", "--index", "--make"},
     "tutorial_train.py": {
         *(
             "--dataset",

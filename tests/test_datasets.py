@@ -295,7 +295,7 @@ def test_fill50k_gives_target_source_and_prompt(fill50k: Path) -> None:
 
 def test_fill50k_without_its_files_says_what_they_are(fill50k: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"none.prompt\.json: expected one JSON object a line.*fill50k\.zip"
+        FileNotFoundError, match=r"none: expected rows of split 'train' in .*prompt\.json.*fill50k\.zip"
     ):
         MyDataset(tmp_path / "none")
     (fill50k / "target/0.png").unlink()
@@ -359,7 +359,7 @@ def test_the_default_root_is_used_when_none_is_given(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^data.cityscapes: "):
         create_dataset("cityscapes")
-    with pytest.raises(FileNotFoundError, match=r"^training.fill50k.prompt\.json: "):
+    with pytest.raises(FileNotFoundError, match=r"^training.fill50k: "):
         MyDataset()
 
 

@@ -1,0 +1,247 @@
+"""Your own data: rows of a target image, a control image and a prompt, from JSON lines or from folders."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NotRequired, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.base import ControlSample, check_share, check_size, index_by_stem, resize_image, to_signed
+from datasets.files import IMAGE_SUFFIXES, read_image, read_labels
+from datasets.framing import Framing
+from datasets.label_space import LabelSpace, Size, resize_labels
+from datasets.prompts import Prompts
+
+# What a column is called: here, in fill50k, in the lists of diffusers and DGInStyle.
+COLUMNS = {
+    "target": ("target", "image"),
+    "control": ("control", "source", "conditioning_image"),
+    "prompt": ("prompt", "text"),
+    "label": ("label",),
+}
+FOLDERS = ("target", "control", "prompt", "label")
+
+
+class TripleSample(ControlSample):
+    """A row; with a label map where the data set has them."""
+
+    label: NotRequired[NDArray[np.int64]]  # (H, W) train ids, 255 = void
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target with what belongs to it."""
+
+    target: Path
+    control: Path
+    prompt: str
+    label: Path | None = None
+
+
+class TriplesDataset:
+    """Target, control and prompt, of one size.
+
+    A split is `<split>.jsonl`, `<split>/metadata.jsonl` or the folders `<split>/target`, `<split>/control`
+    and `<split>/prompt` (.txt files), paired by stem; the training split may also lie in the root itself, as
+    `metadata.jsonl`, `prompt.json` or folders. Controls are resized to the nearest pixel, as in sampling.
+    """
+
+    source = "files of your own"
+    lists: ClassVar[tuple[str, ...]] = ("metadata.jsonl", "prompt.json")
+    default_root: ClassVar[str] = "data/triples"
+    default_split: ClassVar[str] = "train"
+    encoding = None
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        split: str | None = None,
+        size: Size | None = None,
+        prompt: str | None = None,
+        *,
+        label_space: str | None = None,
+        crop: str = "none",
+        zoom: tuple[float, float] = (1.0, 1.0),
+        flip: float = 0.0,
+        words: Mapping[str, Sequence[str]] | None = None,
+        drop_prompt: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Read the list of rows; their files are read one by one, when asked for.
+
+        size         (H, W); None keeps each target's own
+        prompt       a sentence of `datasets.prompts` in which {caption} is the row's prompt
+        label_space  of the label maps, if there are any; their files hold its file ids
+        """
+        self.root = Path(self.default_root if root is None else root)
+        self.split = self.default_split if split is None else split
+        self.size = None if size is None else check_size(size)
+        self.prompt = "{caption}" if prompt is None else prompt
+        self.options: dict[str, Any] = {"crop": crop, "zoom": (zoom[0], zoom[1]), "flip": flip}
+        Framing(self.size or (64, 64), **self.options)  # a wrong option is refused now
+        self.rows = self._find_rows()
+        self.keys = keys_of([row.target for row in self.rows])
+        captions = dict(zip(self.keys, (row.prompt for row in self.rows), strict=True))
+        self.prompts = Prompts(self.prompt, words=words, captions=captions, seed=seed)
+        self.drop_prompt = check_share(drop_prompt, "of prompts that are dropped")
+        self.space = None if label_space is None else LabelSpace.load(label_space)
+        self._check_labels()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TripleSample:
+        """One row as a sample; a random window is the same every time, see `sample` for others."""
+        return self.sample(index, np.random.default_rng(index))
+
+    def sample(self, index: int, rng: np.random.Generator) -> TripleSample:
+        """One row as a sample, its window drawn by `rng`."""
+        row, key = self.rows[index], self.keys[index]
+        target, control = read_image(row.target), read_image(row.control)
+        frame = (target.shape[0], target.shape[1])
+        size = self.size or check_size(frame)
+        window = Framing(size, **self.options).window(frame, rng)
+        sample: TripleSample = {
+            "jpg": to_signed(resize_image(window.cut(target), size)),
+            "hint": resize_labels(window.cut(control), size).astype(np.float32) / np.float32(255),
+            "txt": "",
+            "key": key,
+        }
+        labels = np.zeros((0, 0), np.int64)
+        if self.space is not None and row.label is not None:
+            ids = self.space.to_train_ids(read_labels(row.label), where=str(row.label))
+            labels = sample["label"] = resize_labels(window.cut(ids), size).astype(np.int64)
+        if rng.random() >= self.drop_prompt:
+            space = self.space or LabelSpace.load("cityscapes")  # of no labels, so of no names
+            sample["txt"] = self.prompts.of(key, labels, space)
+        return sample
+
+    def still(self, split: str) -> Self:
+        """Another split as this one is seen, but nothing drawn: centres instead of random windows."""
+        return type(self)(
+            self.root,
+            split,
+            self.size,
+            self.prompt,
+            label_space=None if self.space is None else self.space.name,
+            crop="none" if self.options["crop"] == "none" else "centre",
+            words=self.prompts.words,
+            seed=self.prompts.seed,
+        )
+
+    def _find_rows(self) -> list[Row]:
+        inside = self.root / self.split
+        lists = [self.root / f"{self.split}.jsonl", *(inside / name for name in self.lists)]
+        folders = [inside]
+        if self.split == self.default_split:
+            lists += [self.root / name for name in self.lists]
+            folders.append(self.root)
+        for path in lists:
+            if path.is_file():
+                return read_list(path)
+        for folder in folders:
+            if (folder / "target").is_dir():
+                return pair_folders(folder)
+        raise FileNotFoundError(
+            f"{self.root}: expected rows of split {self.split!r} in"
+            f" {', '.join(str(path.relative_to(self.root)) for path in lists)} or in folders"
+            f" {', '.join(FOLDERS[:3])}, found none of them; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        return "a row is a JSON object with target, control and prompt"
+
+    def _check_labels(self) -> None:
+        labelled = sum(row.label is not None for row in self.rows)
+        if self.space is None:
+            if "classes" in self.prompts.names:
+                raise ValueError(
+                    f"prompt {self.prompt!r}: expected a label_space for {{classes}}, found none"
+                )
+        elif labelled < len(self.rows):
+            raise ValueError(
+                f"{self.root}: expected a label map for each of {len(self.rows)} rows, because label_space is"
+                f" {self.space.name}, found {labelled}"
+            )
+
+
+def read_list(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines; paths in it start from its folder."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    rows = [_row(line, path, n) for n, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path}: expected one JSON object a line, found none")
+    return rows
+
+
+def pair_folders(folder: Path) -> list[Row]:
+    """The rows of folders, paired by stem; a target without control or prompt is an error that names it."""
+    files = {name: _by_stem(folder / name) for name in FOLDERS}
+    for name in ("control", "prompt"):
+        if lost := sorted(files["target"].keys() - files[name].keys()):
+            raise FileNotFoundError(
+                f"{folder / name}: expected a file for each target, found none for {lost[0]}"
+                f" ({len(lost)} in all)"
+            )
+    if not files["target"]:
+        raise FileNotFoundError(f"{folder / 'target'}: expected images, found none")
+    return [
+        Row(
+            target,
+            files["control"][stem],
+            files["prompt"][stem].read_text(encoding="utf-8-sig").strip(),
+            files["label"].get(stem),
+        )
+        for stem, target in files["target"].items()
+    ]
+
+
+def keys_of(targets: Sequence[Path]) -> list[str]:
+    """A name for each row: the stem of its target, with its folder where stems are not unique."""
+    times = Counter(path.stem for path in targets)
+    return [path.stem if times[path.stem] == 1 else f"{path.parent.name}/{path.stem}" for path in targets]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    suffixes = {".txt"} if folder.name == "prompt" else IMAGE_SUFFIXES
+    found: dict[str, Path] = {}
+    for suffix in sorted(suffixes):
+        more = index_by_stem(folder.glob(f"*{suffix}"), suffix)
+        if double := sorted(found.keys() & more.keys()):
+            raise ValueError(
+                f"expected one file for {double[0]}, found {found[double[0]]} and {more[double[0]]}; remove"
+                " or rename one of them."
+            )
+        found |= more
+    return dict(sorted(found.items()))
+
+
+def _row(line: str, path: Path, number: int) -> Row:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError:
+        item = None
+    values: dict[str, str] = {}
+    for column, names in COLUMNS.items():
+        for name in names:
+            if isinstance(item, dict) and isinstance(item.get(name), str):
+                values.setdefault(column, item[name])
+    if not {"target", "control", "prompt"} <= values.keys():
+        raise ValueError(
+            f"{path}:{number}: expected a JSON object with the texts target, control and prompt (or source,"
+            f" image, conditioning_image, text), found {line[:80]!r}. Correct or remove the line."
+        )
+    label = values.get("label")
+    return Row(
+        path.parent / values["target"],
+        path.parent / values["control"],
+        values["prompt"],
+        None if label is None else path.parent / label,
+    )
