@@ -41,7 +41,8 @@ FLAGS = {
     "sd_locked": "train.sd_locked",
 }
 
-NOT_OF_DATASETS = ("name", "val_split", "num_workers")  # keys of `data` that are the run's own
+# Keys of `data` that are the run's own.
+NOT_OF_DATASETS = ("name", "val_split", "num_workers", "rare_classes", "rare_temperature", "rare_pixels")
 OTHER_SUFFIX = {".safetensors": ".ckpt", ".ckpt": ".safetensors"}
 OBTAIN_WEIGHTS = """\
   SD 1.5: v1-5-pruned.safetensors of huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -169,7 +170,8 @@ def train(config: DictConfig) -> None:
                 config.data[name] = getattr(dataset, name, None)
         check_kept(config, dataset)
         model, saver = build_model(config)
-        loader = build_loader(config, Stream(dataset, config.train.seed, count_samples(config)))
+        stream = Stream(frames_of(config, dataset), config.train.seed, count_samples(config))
+        loader = build_loader(config, stream)
         trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
     except (ValueError, OSError) as error:
         refuse(str(error))
@@ -183,6 +185,16 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
     given, own = vars(OmegaConf.to_object(config).data), vars(DataConfig())
     options = {name: given[name] for name in own if name not in NOT_OF_DATASETS and given[name] != own[name]}
     return options | ({"seed": config.train.seed} if options.get("words") else {})
+
+
+def frames_of(config: DictConfig, dataset: Any) -> Any:
+    """What samples are drawn from: the frames in turn, or by class."""
+    if not config.data.rare_classes:
+        return dataset
+    from datasets.rare_classes import draw_rare_classes
+
+    data = config.data
+    return draw_rare_classes(dataset, temperature=data.rare_temperature, least_pixels=data.rare_pixels)
 
 
 def check_kept(config: DictConfig, dataset: Any) -> None:

@@ -23,6 +23,7 @@ SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SA
 MAX_STEPS = 1000
 AT_LEAST = {
     "data.num_workers": 0,
+    "data.rare_pixels": 0,
     "train.batch_size": 1,
     "train.accumulate": 1,
     "train.max_steps": 1,
@@ -68,6 +69,11 @@ class DataConfig:
     crop: str = "none"  # none squeezes whole frames into the size; centre and random keep their shape
     zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])  # lowest and highest, of random crops
     flip: float = 0.0  # share of samples that are mirrored
+    rare_classes: bool = (
+        False  # draw frames and windows by class, rare ones more often (datasets.rare_classes)
+    )
+    rare_temperature: float = 0.01  # the lower, the more often
+    rare_pixels: int = 3000  # of a class in a frame that is drawn for it, at the least
     num_workers: int = 4  # loader processes
 
 
@@ -163,6 +169,8 @@ def check_run(config: DictConfig) -> None:
         raise ValueError(f"expected train.seed of {MAX_SEED} or less, found {config.train.seed}")
     if not config.train.lr > 0:
         raise ValueError(f"expected train.lr above 0, found {config.train.lr}")
+    if not config.data.rare_temperature > 0:
+        raise ValueError(f"expected data.rare_temperature above 0, found {config.data.rare_temperature}")
     size = config.data.size
     if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
         raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")

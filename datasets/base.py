@@ -124,12 +124,18 @@ class SegmentationDataset:
         """One pair as a sample; a random window is the same every time, see `sample` for others."""
         return self.sample(index, np.random.default_rng(index))
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """One pair as a sample, its window drawn by `rng`."""
+    def sample(self, index: int, rng: np.random.Generator, shown: int | None = None) -> Sample:
+        """One pair as a sample, its window drawn by `rng`; around a pixel of train id `shown`, if given."""
         pair = self.pairs[index]
         image, ids = read_image(pair.image), self.read_file_ids(pair.labels, self.encoding)
         _check_same_frame(image, ids, pair)
-        window = self.framing.window((image.shape[0], image.shape[1]), rng)
+        frame = (image.shape[0], image.shape[1])
+        window = self.framing.window(frame, rng)
+        if shown is not None:
+            places = np.argwhere(self.space.to_train_ids(ids, where=pair.key) == shown)
+            y, x = (int(place) for place in places[rng.integers(len(places))])
+            pixel = (y * frame[0] // ids.shape[0], x * frame[1] // ids.shape[1])
+            window = self.framing.moved(window, pixel, rng)
         labels = label_sample(window.cut(ids), self.size, self.encoding, txt="", key=pair.key)
         if rng.random() >= self.drop_prompt:
             labels["txt"] = self.prompts.of(pair.key, labels["label"], self.space)

@@ -5,7 +5,7 @@ A window is chosen in the pixels of the frame and cut before anything is resized
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -85,14 +85,13 @@ class Framing:
         )
         return Window(frame, top, left, height, width, mirrored=bool(mirror < self.flip))
 
-    def window_around(self, frame: Size, pixel: Size, rng: np.random.Generator) -> Window:
-        """A random window that shows a pixel (row, column), wherever in it."""
-        free = self.window(frame, rng)
+    def moved(self, window: Window, pixel: Size, rng: np.random.Generator) -> Window:
+        """The window, moved at random to where it shows a pixel (row, column) of the frame."""
         top, left = (
             int(rng.integers(max(0, at - side + 1), min(at, limit - side) + 1))
-            for at, limit, side in zip(pixel, frame, (free.height, free.width), strict=True)
+            for at, limit, side in zip(pixel, window.frame, (window.height, window.width), strict=True)
         )
-        return Window(frame, top, left, free.height, free.width, free.mirrored)
+        return replace(window, top=top, left=left)
 
     def largest(self, frame: Size, zoom: float = 1.0) -> Size:
         """(H, W) of a window: the whole frame, or the largest of the sample's aspect ratio over `zoom`."""

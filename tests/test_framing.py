@@ -101,7 +101,7 @@ def test_a_window_around_a_pixel_shows_it_anywhere_in_it() -> None:
     framing, rng, seen = Framing((64, 64), "random", (2.0, 4.0)), np.random.default_rng(0), set()
     for _ in range(500):
         pixel = (int(rng.integers(40)), int(rng.integers(60)))
-        window = framing.window_around((40, 60), pixel, rng)
+        window = framing.moved(framing.window((40, 60), rng), pixel, rng)
         y, x = pixel[0] - window.top, pixel[1] - window.left
         assert 0 <= y < window.height
         assert 0 <= x < window.width
