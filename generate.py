@@ -74,6 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--hint", type=Path, required=True, help="a hint or a folder of hints")
     add("--hint_type", choices=HINT_TYPES, default="auto", help="what the hints are (default: %(default)s)")
     add("--palette", default="cityscapes", help="label space of ids and colours (default: %(default)s)")
+    add("--encoding", help="what label maps look like to the control (default: as in training, or colours)")
     add("--out", type=Path, required=True, help="folder to write into")
     add("--overwrite", action="store_true", help="make images again that are there with other settings")
     add("--num", type=int, default=1, help="images of a hint (default: %(default)s)")
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     """How to sample: as given, else as the training run of the checkpoint did, else by default.
 
-    The size is filled in alike; the prompt too, where a hint has no caption of its own.
+    Size and encoding are filled in alike; the prompt too, where a hint has no caption of its own.
     """
     from cldm.recorded_run import read_recorded_run
 
@@ -141,6 +142,7 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     )
     args.run_prompt = run.prompt
     args.size = tuple(args.size) if args.size else run.size
+    args.encoding = args.encoding or run.hint or "colours"
     return run.sample
 
 
@@ -160,6 +162,7 @@ def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
         "precision": args.precision,
         "parameterization": args.parameterization,
     }
+    settings |= {} if args.encoding == "colours" else {"encoding": args.encoding}
     root = args.hint if args.hint.is_dir() else args.hint.parent
     taken: dict[Path, Path] = {}
     for hint in find_hints(args.hint, args.hint_type):
@@ -194,13 +197,13 @@ def is_done(job: Job, overwrite: bool) -> bool:
 
 
 def hint_reader(args: argparse.Namespace) -> HintReader:
-    """A function from a path to its hint, (H, W, 3) uint8; the last ones are kept."""
-    encoding = hint_encoding(LabelSpace.load(args.palette))
+    """A function from a path to its hint, (H, W, C) uint8; the last ones are kept."""
+    encoding = hint_encoding(LabelSpace.load(args.palette), args.encoding)
 
     @lru_cache(maxsize=KEPT_HINTS)
     def read(path: Path) -> NDArray[np.uint8]:
         hint = read_hint(path, args.hint_type, encoding, args.size)
-        return (hint * 255).round().astype(np.uint8)  # exact: it was read from bytes
+        return (hint * 255).round().astype(np.uint8)  # exact: it was made of bytes, or of 0 and 1
 
     return read
 
@@ -250,8 +253,10 @@ def write_sheets(args: argparse.Namespace, read: HintReader, jobs: Sequence[Job]
 
 
 def sheet_row(colours: NDArray[np.uint8], jobs: Sequence[Job]) -> list[NDArray[np.uint8]]:
-    """The map, then image and overlay for each seed."""
+    """The map, then image and overlay for each seed; of a hint that is no picture the images alone."""
     images = [read_image(job.target) for job in jobs]
+    if colours.shape[-1] != 3:
+        return images
     return [colours, *(part for image in images for part in (image, overlay(image, colours)))]
 
 

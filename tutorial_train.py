@@ -170,6 +170,7 @@ def train(config: DictConfig) -> None:
                 config.data[name] = getattr(dataset, name, None)
         check_kept(config, dataset)
         model, saver = build_model(config)
+        check_channels(config, dataset, model.control_model.hint_channels)
         stream = Stream(frames_of(config, dataset), config.train.seed, count_samples(config))
         loader = build_loader(config, stream)
         trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
@@ -185,6 +186,17 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
     given, own = vars(OmegaConf.to_object(config).data), vars(DataConfig())
     options = {name: given[name] for name in own if name not in NOT_OF_DATASETS and given[name] != own[name]}
     return options | ({"seed": config.train.seed} if options.get("words") else {})
+
+
+def check_channels(config: DictConfig, dataset: Any, expected: int) -> None:
+    """Refuse hints of other channels than the model's, before the first step."""
+    encoding = getattr(dataset, "encoding", None)
+    found = 3 if encoding is None else encoding.channels
+    if found != expected:
+        raise ValueError(
+            f"expected hints of {expected} channels, as {config.model.config} has, found {found} of"
+            f" data.hint={config.data.hint}; choose another, or hint_channels: {found} in the model file"
+        )
 
 
 def frames_of(config: DictConfig, dataset: Any) -> Any:

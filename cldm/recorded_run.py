@@ -19,10 +19,11 @@ class RecordedRun(NamedTuple):
     size: tuple[int, int] | None
     prompt: str | None  # none as well if there are names in it to fill in for each frame
     sample: SampleConfig
+    hint: str | None  # the encoding of label maps
 
 
 def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) -> RecordedRun:
-    """Size, prompt and sampling settings of the training run; a checkpoint of others gets the defaults.
+    """Size, prompt, hints and sampling of the training run; a checkpoint of others gets the defaults.
 
     given  sampling settings that hold instead of the recorded ones; None leaves one as it is
 
@@ -41,4 +42,5 @@ def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) 
     size = OmegaConf.select(run, "data.size")
     prompt = OmegaConf.select(run, "data.prompt")
     fixed = None if prompt is None or "{" in prompt else str(prompt)
-    return RecordedRun(None if size is None else (int(size[0]), int(size[1])), fixed, sample)
+    whole = None if size is None else (int(size[0]), int(size[1]))
+    return RecordedRun(whole, fixed, sample, OmegaConf.select(run, "data.hint"))

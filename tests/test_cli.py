@@ -14,6 +14,7 @@ from house import ROOT, flags_in, help_of, parse, run_script, scripts
 FLAGS = {
     "generate.py": {
         *("--ckpt", "--base", "--config", "--hint", "--hint_type", "--palette", "--prompt", "--out"),
+        "--encoding",
         *("--negative_prompt", "--size", "--num", "--seed", "--steps", "--sampler", "--eta", "--scale"),
         *(
             "--strength",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import re
 import shutil
@@ -523,6 +524,31 @@ def test_prompt_and_size_are_those_of_the_training_run(
             assert json.loads(image.text["scenecontrol"])["prompt"] == prompt
 
 
+def test_hints_look_as_in_the_training_run(
+    maps: Path, tmp_path: Path, model: ControlLDM, tiny_yaml: Path
+) -> None:
+    config = OmegaConf.to_yaml(OmegaConf.load(tiny_yaml))
+    notes = {"model_config": config, "run_config": "data: {hint: label_colours, size: [64, 64]}"}
+    write_tensors(tmp_path / "run.safetensors", model.state_dict(), notes)
+    words = ["--ckpt", str(tmp_path / "run.safetensors"), *SHORT]
+    ids = np.where(LABEL_IDS == LABEL_IDS[0, 0], 9, LABEL_IDS)  # parking, which is void
+    Image.fromarray(ids.astype(np.uint8)).save(maps / "a_gtFine_labelIds.png")
+    hint = str(maps / "a_gtFine_labelIds.png")
+    script.main([*words, "--hint", hint, "--out", str(tmp_path / "0")])
+    script.main([*words, "--hint", hint, "--out", str(tmp_path / "1"), "--encoding", "colours"])
+    with Image.open(tmp_path / "0/a_gtFine_labelIds_seed0.png") as image:
+        assert json.loads(image.text["scenecontrol"])["encoding"] == "label_colours"
+    sheets = [np.asarray(Image.open(tmp_path / n / "contact_sheet_001.png"))[:64, :64] for n in "01"]
+    table = {}
+    with Path("datasets/palettes/cityscapes.tsv").open() as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            table[int(row["id"])] = [int(row[channel]) for channel in "RGB"]
+    centre = [(2 * np.arange(64) + 1) * n // 128 for n in ids.shape]
+    expected = np.array([[table[int(ids[y, x])] for x in centre[1]] for y in centre[0]])
+    np.testing.assert_array_equal(sheets[0], expected)
+    assert not np.array_equal(sheets[0], sheets[1]), "void classes have colours there"
+
+
 # -- what is refused --------------------------------------------------------------------------------------
 
 
@@ -539,6 +565,13 @@ def test_prompt_and_size_are_those_of_the_training_run(
         ("whole", "good", ["--num", "0"], "--num must lie in 1.."),
         ("whole", "good", ["--palette", "cityscape"], "did you mean 'cityscapes'"),
         ("whole", "good", ["--sampler", "euler"], "dpm++2m"),
+        ("whole", "good", ["--encoding", "one_hot"], "did you mean 'onehot'"),
+        (
+            "whole",
+            "good",
+            ["--encoding", "onehot"],
+            "expected a hint of 3 channels, as the model has, found 20",
+        ),
         ("whole", "good", ["--size", "60", "64"], "multiples of 64"),
         ("whole", "good", ["--config", "empty.yaml"], "empty.yaml"),
         ("picture", "good", [], "expected a safetensors file"),

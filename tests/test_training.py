@@ -264,6 +264,35 @@ def test_the_unit_is_the_optimizer_step(
     assert run.grids == ["step=000000.png", "step=000002.png", "step=000004.png"]
 
 
+def test_hints_of_other_channels_than_the_models_are_refused_at_the_start(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        recipe.run(tmp_path, "data.hint=onehot", **SILENT)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "expected hints of 3 channels" in said
+    assert "found 20 of data.hint=onehot" in said
+
+
+def test_windows_rare_classes_and_prompts_train(recipe: Recipe, tmp_path: Path, tree: Path) -> None:
+    words = ["data.crop=random", "data.zoom=[1,2]", "data.flip=0.5", "data.drop_prompt=0.5"]
+    words += ["data.rare_classes=true", "data.rare_pixels=10", "data.prompt='a street with {classes}'"]
+    run = recipe.run(tmp_path, *words, **SILENT)
+    assert run.files == ["step=000002.safetensors"]
+    (tree / "sample_class_stats_dict.json").unlink()
+    notes_of_run = yaml.safe_load(notes(run.folder / "checkpoints" / run.files[0])["run_config"])
+    assert notes_of_run["data"]["prompt"] == "a street with {classes}"
+
+
+def test_latents_are_not_kept_of_frames_that_change(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe.run(tmp_path, "data.flip=0.5", "train.keep_latents=true", **SILENT)
+    assert "expected samples that stay the same with train.keep_latents=true" in capsys.readouterr().err
+
+
 def test_a_batch_may_be_larger_than_the_data_set(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,11 @@ def load_session(
     from cldm.recorded_run import read_recorded_run
 
     run = read_recorded_run(checkpoint)
+    if run.hint not in (None, "colours"):
+        raise ValueError(
+            f"{checkpoint}: expected a control of colour maps, which this page paints, found one that was"
+            f" trained with data.hint={run.hint}; sample it with generate.py"
+        )
     model_config = load_model_config(config) if config else model_config_of(checkpoint)
     model = place(create_model(model_config, checkpoint, base), device, precision)
     marks = {
