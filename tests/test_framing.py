@@ -60,6 +60,19 @@ def test_ids_after_window_flip_and_resize_are_a_subset_of_those_before(
     assert set(np.unique(resize_labels(window.cut(ids), size))) <= set(np.unique(ids))
 
 
+@pytest.mark.slow
+def test_ten_thousand_maps_keep_their_ids() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10_000):
+        frame, size = rng.integers(4, 200, 2), 64 * rng.integers(1, 4, 2)
+        values = rng.integers(0, 256, rng.integers(1, 6), np.uint8)
+        ids = rng.choice(values, frame)
+        framing = Framing((int(size[0]), int(size[1])), "random", (1.0, 4.0), flip=0.5)
+        found = resize_labels(framing.window(ids.shape, rng).cut(ids), framing.size)
+        assert found.shape == framing.size
+        assert set(np.unique(found)) <= set(values)
+
+
 def test_a_cut_is_what_a_loop_over_its_pixels_gives() -> None:
     ids = np.arange(20 * 30).reshape(20, 30)
     for mirrored in (False, True):
