@@ -531,7 +531,7 @@ def test_hints_look_as_in_the_training_run(
     notes = {"model_config": config, "run_config": "data: {hint: label_colours, size: [64, 64]}"}
     write_tensors(tmp_path / "run.safetensors", model.state_dict(), notes)
     words = ["--ckpt", str(tmp_path / "run.safetensors"), *SHORT]
-    ids = np.where(LABEL_IDS == LABEL_IDS[0, 0], 9, LABEL_IDS)  # parking, which is void
+    ids = np.where(LABEL_IDS[0, 0] == LABEL_IDS, 9, LABEL_IDS)  # parking, which is void
     Image.fromarray(ids.astype(np.uint8)).save(maps / "a_gtFine_labelIds.png")
     hint = str(maps / "a_gtFine_labelIds.png")
     script.main([*words, "--hint", hint, "--out", str(tmp_path / "0")])
