@@ -211,8 +211,8 @@ def frames_of(config: DictConfig, dataset: Any) -> Any:
 
 def check_kept(config: DictConfig, dataset: Any) -> None:
     """Refuse to keep latents by frame where a frame does not look the same every time."""
-    framing = getattr(dataset, "framing", None)
-    if config.train.keep_latents and framing is not None and not framing.is_fixed:
+    framing = dataset.framing
+    if config.train.keep_latents and not framing.is_fixed:
         raise ValueError(
             "expected samples that stay the same with train.keep_latents=true, found"
             f" data.crop={framing.crop} and data.flip={framing.flip}; set keep_latents to false"
@@ -222,7 +222,7 @@ def check_kept(config: DictConfig, dataset: Any) -> None:
 def grid_samples(config: DictConfig, dataset: Any) -> Sequence[Any]:
     """What validation measures and the grid shows the first of: validation frames, else training ones."""
     count = max(config.train.grid_images, config.train.val_samples if config.train.val_freq else 0)
-    if config.data.val_split is not None and hasattr(dataset, "still"):
+    if config.data.val_split is not None:
         try:
             return validation_samples(dataset, config.data.val_split, count)
         except FileNotFoundError as error:

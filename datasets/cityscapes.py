@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets.base import SegmentationDataset, index_by_stem
 from datasets.label_space import LabelSpace
+from datasets.segmentation import SegmentationDataset, index_by_stem
 
 PHOTO = "_leftImg8bit.png"
 LABEL_IDS = "_gtFine_labelIds.png"

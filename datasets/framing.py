@@ -44,14 +44,14 @@ class Window:
 class Framing:
     """How frames of any size become samples of one.
 
-    size  (H, W) of a sample
+    size  (H, W) of a sample; None is that of its frame
     crop  "none" takes whole frames and changes their aspect ratio, as the predecessors do; "centre" and
           "random" take a window of the sample's aspect ratio, the largest that there is divided by a zoom
     zoom  lowest and highest, of random windows; their logarithm is uniform
     flip  share of samples that are mirrored
     """
 
-    size: Size
+    size: Size | None
     crop: str = "none"
     zoom: tuple[float, float] = (1.0, 1.0)
     flip: float = 0.0
@@ -97,8 +97,9 @@ class Framing:
         """(H, W) of a window: the whole frame, or the largest of the sample's aspect ratio over `zoom`."""
         if self.crop == "none":
             return frame
-        scale = min(whole / side for whole, side in zip(frame, self.size, strict=True)) / zoom
-        height, width = (max(1, min(w, round(s * scale))) for w, s in zip(frame, self.size, strict=True))
+        shape = self.size or frame
+        scale = min(whole / side for whole, side in zip(frame, shape, strict=True)) / zoom
+        height, width = (max(1, min(w, round(s * scale))) for w, s in zip(frame, shape, strict=True))
         return height, width
 
 

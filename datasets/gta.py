@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.base import SegmentationDataset, index_by_stem
 from datasets.cityscapes import TRAIN_ID_ENDING
 from datasets.files import read_labels
 from datasets.label_space import RawIds
+from datasets.segmentation import SegmentationDataset, index_by_stem
 
 LICENCE_PLATE = 34  # in its files; -1, that is 255, in those of Cityscapes
 TRAIN_IDS = f"{TRAIN_ID_ENDING}.png"

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datasets.base import Sample, SegmentationDataset
+from datasets.base import Sample
+from datasets.segmentation import SegmentationDataset
 
 log = logging.getLogger(__name__)
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired, Self
+from typing import Any, ClassVar, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.base import ControlSample, check_share, check_size, index_by_stem, resize_image, to_signed
+from datasets.base import ControlSample, FramedDataset, check_size, cut_photo
 from datasets.files import IMAGE_SUFFIXES, read_image, read_labels
-from datasets.framing import Framing
 from datasets.label_space import LabelSpace, Size, resize_labels
-from datasets.prompts import Prompts
+from datasets.segmentation import index_by_stem
 
 # What a column is called: here, in fill50k, in the lists of diffusers and DGInStyle.
 COLUMNS = {
@@ -25,6 +24,7 @@ COLUMNS = {
     "prompt": ("prompt", "text"),
     "label": ("label",),
 }
+NO_LABELS: NDArray[np.int64] = np.zeros((0, 0), np.int64)
 FOLDERS = ("target", "control", "prompt", "label")
 
 
@@ -44,7 +44,7 @@ class Row:
     label: Path | None = None
 
 
-class TriplesDataset:
+class TriplesDataset(FramedDataset):
     """Target, control and prompt, of one size.
 
     A split is `<split>.jsonl`, `<split>/metadata.jsonl` or the folders `<split>/target`, `<split>/control`
@@ -54,9 +54,9 @@ class TriplesDataset:
 
     source = "files of your own"
     lists: ClassVar[tuple[str, ...]] = ("metadata.jsonl", "prompt.json")
-    default_root: ClassVar[str] = "data/triples"
-    default_split: ClassVar[str] = "train"
-    encoding = None
+    default_root = "data/triples"
+    default_size = None
+    default_prompt = "{caption}"
 
     def __init__(
         self,
@@ -66,40 +66,24 @@ class TriplesDataset:
         prompt: str | None = None,
         *,
         label_space: str | None = None,
-        crop: str = "none",
-        zoom: tuple[float, float] = (1.0, 1.0),
-        flip: float = 0.0,
-        words: Mapping[str, Sequence[str]] | None = None,
-        drop_prompt: float = 0.0,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         """Read the list of rows; their files are read one by one, when asked for.
 
-        size         (H, W); None keeps each target's own
-        prompt       a sentence of `datasets.prompts` in which {caption} is the row's prompt
         label_space  of the label maps, if there are any; their files hold its file ids
+        options      as of `FramedDataset`; {caption} in the prompt is the row's own
         """
-        self.root = Path(self.default_root if root is None else root)
-        self.split = self.default_split if split is None else split
-        self.size = None if size is None else check_size(size)
-        self.prompt = "{caption}" if prompt is None else prompt
-        self.options: dict[str, Any] = {"crop": crop, "zoom": (zoom[0], zoom[1]), "flip": flip}
-        Framing(self.size or (64, 64), **self.options)  # a wrong option is refused now
+        super().__init__(root, split, size, prompt, **options)
+        self.space = None if label_space is None else LabelSpace.load(label_space)
         self.rows = self._find_rows()
         self.keys = keys_of([row.target for row in self.rows])
         captions = dict(zip(self.keys, (row.prompt for row in self.rows), strict=True))
-        self.prompts = Prompts(self.prompt, words=words, captions=captions, seed=seed)
-        self.drop_prompt = check_share(drop_prompt, "of prompts that are dropped")
-        self.space = None if label_space is None else LabelSpace.load(label_space)
+        self.set_prompts(captions, (), "")  # a row may be without a prompt
         self._check_labels()
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.rows)
-
-    def __getitem__(self, index: int) -> TripleSample:
-        """One row as a sample; a random window is the same every time, see `sample` for others."""
-        return self.sample(index, np.random.default_rng(index))
 
     def sample(self, index: int, rng: np.random.Generator) -> TripleSample:
         """One row as a sample, its window drawn by `rng`."""
@@ -107,34 +91,23 @@ class TriplesDataset:
         target, control = read_image(row.target), read_image(row.control)
         frame = (target.shape[0], target.shape[1])
         size = self.size or check_size(frame)
-        window = Framing(size, **self.options).window(frame, rng)
+        window = self.framing.window(frame, rng)
         sample: TripleSample = {
-            "jpg": to_signed(resize_image(window.cut(target), size)),
+            "jpg": cut_photo(target, window, size),
             "hint": resize_labels(window.cut(control), size).astype(np.float32) / np.float32(255),
             "txt": "",
             "key": key,
         }
-        labels = np.zeros((0, 0), np.int64)
+        labels, space = NO_LABELS, self.space or LabelSpace.load("cityscapes")  # no labels, so no names
         if self.space is not None and row.label is not None:
             ids = self.space.to_train_ids(read_labels(row.label), where=str(row.label))
             labels = sample["label"] = resize_labels(window.cut(ids), size).astype(np.int64)
-        if rng.random() >= self.drop_prompt:
-            space = self.space or LabelSpace.load("cityscapes")  # of no labels, so of no names
-            sample["txt"] = self.prompts.of(key, labels, space)
+        sample["txt"] = self.prompt_of(key, labels, space, rng)
         return sample
 
-    def still(self, split: str) -> Self:
-        """Another split as this one is seen, but nothing drawn: centres instead of random windows."""
-        return type(self)(
-            self.root,
-            split,
-            self.size,
-            self.prompt,
-            label_space=None if self.space is None else self.space.name,
-            crop="none" if self.options["crop"] == "none" else "centre",
-            words=self.prompts.words,
-            seed=self.prompts.seed,
-        )
+    def own_options(self) -> dict[str, Any]:
+        """The label space."""
+        return {"label_space": None if self.space is None else self.space.name}
 
     def _find_rows(self) -> list[Row]:
         inside = self.root / self.split

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from datasets.base import SegmentationDataset, index_by_stem
+from datasets.segmentation import SegmentationDataset, index_by_stem
 
 
 class TwoFolderDataset(SegmentationDataset):
