@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import SAMPLER_NAMES, SampleConfig
 from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
+from datasets import DATASETS
 from datasets.files import read_image
 from datasets.hint_encoding import hint_encoding
 from datasets.hints import HINT_TYPES, find_caption, find_hints, read_hint
@@ -73,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config", type=Path, help="model YAML file; by default the recorded one, or the architecture's")
     add("--hint", type=Path, required=True, help="a hint or a folder of hints")
     add("--hint_type", choices=HINT_TYPES, default="auto", help="what the hints are (default: %(default)s)")
-    add("--palette", default="cityscapes", help="label space of ids and colours (default: %(default)s)")
+    add("--palette", help="label space of ids and colours (default: as in training, or cityscapes)")
     add("--encoding", help="what label maps look like to the control (default: as in training, or colours)")
     add("--out", type=Path, required=True, help="folder to write into")
     add("--overwrite", action="store_true", help="make images again that are there with other settings")
@@ -143,6 +144,8 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     args.run_prompt = run.prompt
     args.size = tuple(args.size) if args.size else run.size
     args.encoding = args.encoding or run.hint or "colours"
+    own = DATASETS[run.dataset].label_space if run.dataset in DATASETS else None
+    args.palette = args.palette or run.label_space or own or "cityscapes"
     return run.sample
 
 

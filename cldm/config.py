@@ -69,9 +69,7 @@ class DataConfig:
     crop: str = "none"  # none squeezes whole frames into the size; centre and random keep their shape
     zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])  # lowest and highest, of random crops
     flip: float = 0.0  # share of samples that are mirrored
-    rare_classes: bool = (
-        False  # draw frames and windows by class, rare ones more often (datasets.rare_classes)
-    )
+    rare_classes: bool = False  # draw frames and windows by class, rare ones more often
     rare_temperature: float = 0.01  # the lower, the more often
     rare_pixels: int = 3000  # of a class in a frame that is drawn for it, at the least
     num_workers: int = 4  # loader processes
@@ -171,6 +169,8 @@ def check_run(config: DictConfig) -> None:
         raise ValueError(f"expected train.lr above 0, found {config.train.lr}")
     if not config.data.rare_temperature > 0:
         raise ValueError(f"expected data.rare_temperature above 0, found {config.data.rare_temperature}")
+    if len(config.data.zoom) != 2:
+        raise ValueError(f"expected data.zoom=[LOW,HIGH], found {list(config.data.zoom)}")
     size = config.data.size
     if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
         raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")

@@ -20,6 +20,8 @@ class RecordedRun(NamedTuple):
     prompt: str | None  # none as well if there are names in it to fill in for each frame
     sample: SampleConfig
     hint: str | None  # the encoding of label maps
+    dataset: str | None
+    label_space: str | None  # of triples
 
 
 def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) -> RecordedRun:
@@ -43,4 +45,5 @@ def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) 
     prompt = OmegaConf.select(run, "data.prompt")
     fixed = None if prompt is None or "{" in prompt else str(prompt)
     whole = None if size is None else (int(size[0]), int(size[1]))
-    return RecordedRun(whole, fixed, sample, OmegaConf.select(run, "data.hint"))
+    data = (OmegaConf.select(run, f"data.{name}") for name in ("hint", "name", "label_space"))
+    return RecordedRun(whole, fixed, sample, *data)

@@ -7,14 +7,14 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cldm.cldm import ControlLDM
 from cldm.config import RANDOM
@@ -59,10 +59,34 @@ def count_samples(config: DictConfig) -> int:
     return (1 if train.dry_run else train.max_steps) * train.accumulate * train.batch_size * devices
 
 
+class RankShare(Sampler[int]):
+    """The sample numbers of a rank, dealt out in turn among the ranks that there are when it begins."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of this rank."""
+        rank, ranks = ranks_now()
+        return iter(range(rank, self.total, ranks))
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.total // ranks_now()[1]
+
+
+def ranks_now() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 def build_loader(config: DictConfig, stream: Dataset) -> DataLoader:
-    """Batches of the samples of a run, in their order; Lightning deals them out to the ranks."""
+    """Batches of the samples of a run, in their order."""
     return DataLoader(
         stream,
+        sampler=RankShare(len(stream)),
         batch_size=config.train.batch_size,
         num_workers=config.data.num_workers,
         pin_memory=find_device("auto").type == "cuda",
@@ -116,6 +140,7 @@ def build_trainer(config: DictConfig, callbacks: Sequence[pl.Callback]) -> pl.Tr
         accumulate_grad_batches=config.train.accumulate,
         gradient_clip_val=config.train.clip,
         callbacks=list(callbacks),
+        use_distributed_sampler=False,  # Lightning's would shuffle the samples of all passes
         logger=TensorBoardLogger(config.train.default_root_dir),
         default_root_dir=config.train.default_root_dir,
         log_every_n_steps=10,

@@ -124,10 +124,20 @@ def create_dataset(name: str, **kwargs: object) -> Dataset:
     entry = find_entry(name)
     cls = entry.load()
     options = {"root": entry.default_root, **kwargs}
-    known = list(inspect.signature(cls).parameters)
+    known = options_of(cls)
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"data set {name} has no option {unknown[0]!r}; it takes {', '.join(known)}")
     return cls(**options)
+
+
+def options_of(cls: Callable[..., Dataset]) -> list[str]:
+    """Names of the options of a class, those that it hands on to its bases too."""
+    bases = getattr(cls, "__mro__", (cls,))
+    found = [
+        p for base in bases if "__init__" in vars(base) for p in inspect.signature(base).parameters.values()
+    ]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return list(dict.fromkeys(p.name for p in found if p.kind not in kinds))
 
 
 def missing_paths(name: str, root: str | Path | None = None) -> list[Path]:

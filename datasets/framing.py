@@ -86,7 +86,9 @@ class Framing:
         return Window(frame, top, left, height, width, mirrored=bool(mirror < self.flip))
 
     def moved(self, window: Window, pixel: Size, rng: np.random.Generator) -> Window:
-        """The window, moved at random to where it shows a pixel (row, column) of the frame."""
+        """A random window, moved to where it shows a pixel (row, column) of the frame; others stay."""
+        if self.crop != "random":
+            return window
         top, left = (
             int(rng.integers(max(0, at - side + 1), min(at, limit - side) + 1))
             for at, limit, side in zip(pixel, window.frame, (window.height, window.width), strict=True)

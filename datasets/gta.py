@@ -11,6 +11,7 @@ from datasets.files import read_labels
 from datasets.label_space import RawIds
 from datasets.segmentation import SegmentationDataset, index_by_stem
 
+SPLITS = ("train", "val", "test")
 LICENCE_PLATE = 34  # in its files; -1, that is 255, in those of Cityscapes
 TRAIN_IDS = f"{TRAIN_ID_ENDING}.png"
 
@@ -45,7 +46,7 @@ class GTADataset(SegmentationDataset):
     @classmethod
     def splits(cls, root: Path) -> list[str]:
         """Names of the lists."""
-        return sorted(path.stem for path in root.glob("*.txt")) or ["train"]
+        return [split for split in SPLITS if (root / f"{split}.txt").is_file()] or ["train"]
 
     @classmethod
     def holds_train_ids(cls, path: Path) -> bool:
@@ -64,4 +65,4 @@ class GTADataset(SegmentationDataset):
         if listed.is_file():
             numbers = {Path(line.strip()).stem for line in listed.read_text(encoding="utf-8").splitlines()}
             return {number: path for number, path in files.items() if number in numbers}
-        return files if split == "train" and not list(root.glob("*.txt")) else {}
+        return files if split == "train" and cls.splits(root) == ["train"] else {}

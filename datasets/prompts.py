@@ -66,8 +66,6 @@ class Prompts:
 
     def of(self, key: str, labels: NDArray[np.integer], space: LabelSpace) -> str:
         """The prompt of a frame with a map (H, W) of train ids."""
-        if not self.names:
-            return self.sentence
         rng = np.random.default_rng([self.seed, *hashlib.sha256(key.encode()).digest()])
         drawn = sorted(set(self.names) & set(self.words))
         filled = {name: str(rng.choice(list(self.words[name]))) for name in drawn}
@@ -106,6 +104,8 @@ def read_captions(path: str | Path) -> dict[str, str]:
     text = Path(path).read_text(encoding="utf-8-sig")
     try:
         found = json.loads(text)
+        if isinstance(found, dict) and found.keys() == {"key", "text"}:  # lines, but a single one
+            found = {str(found["key"]): found["text"]}
     except json.JSONDecodeError:
         found = dict(
             _line(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class ClassStatistics:
             BY_CLASS: by_class,
         }
         for name, value in content.items():
-            partial = Path(folder) / f".{name}.partial"
+            partial = Path(folder) / f".{name}.{os.getpid()}.partial"
             partial.write_text(json.dumps(value), encoding="utf-8")
             partial.replace(Path(folder) / name)
 
@@ -158,6 +159,9 @@ def draw_rare_classes(dataset: Any, **options: Any) -> RareClassFrames:
         statistics = ClassStatistics.read(dataset.root, dataset.space.num_classes)
     else:
         statistics = measure_classes(dataset)
-        statistics.write(dataset.root)
-        log.info("class statistics of %d frames are in %s", len(dataset), dataset.root / BY_PATH)
+        try:
+            statistics.write(dataset.root)
+            log.info("class statistics of %d frames are in %s", len(dataset), dataset.root / BY_PATH)
+        except OSError as error:  # a read-only folder of data
+            log.warning("the class statistics could not be kept: %s", error)
     return RareClassFrames(dataset, statistics, **options)

@@ -6,7 +6,7 @@ A new data set says where its files are and which ids they hold.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from datasets.base import (
 )
 from datasets.files import read_image, read_labels
 from datasets.hint_encoding import HintEncoding, hint_encoding
-from datasets.label_space import Ids, LabelSpace, RawIds, Rgb, Size
+from datasets.label_space import Ids, LabelSpace, RawIds, Size
 from datasets.prompts import Prompts, read_captions
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class SegmentationDataset(FramedDataset):
         self.pairs = self._find_pairs()
         self.captions = self.root / CAPTIONS if captions is None else Path(captions)
         texts = read_captions(self.captions) if captions is not None or self.captions.is_file() else None
-        self.set_prompts(texts, (pair.key for pair in self.pairs), str(self.captions))
+        self.set_prompts(texts, (pair.key for pair in self.pairs), f"{self.captions}, split {self.split}")
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -87,11 +87,16 @@ class SegmentationDataset(FramedDataset):
         """One pair as a sample, its window drawn by `rng`; around a pixel of train id `shown`, if given."""
         pair = self.pairs[index]
         photo, ids = read_image(pair.image), self.read_file_ids(pair.labels, self.encoding)
-        _check_same_frame(photo, ids, pair)
         frame = (photo.shape[0], photo.shape[1])
+        check_same_frame(frame, pair.image, ids.shape, pair.labels)
         window = self.framing.window(frame, rng)
         if shown is not None:
             places = np.argwhere(self.space.to_train_ids(ids, where=pair.key) == shown)
+            if not len(places):
+                raise ValueError(
+                    f"{pair.labels}: expected train id {shown}, as the class statistics say, found none; the"
+                    " statistics are of other maps: remove their files from the data root"
+                )
             y, x = (int(place) for place in places[rng.integers(len(places))])
             pixel = (y * frame[0] // ids.shape[0], x * frame[1] // ids.shape[1])
             window = self.framing.moved(window, pixel, rng)
@@ -222,6 +227,22 @@ def index_by_stem(paths: Iterable[Path], suffix: str) -> dict[str, Path]:
     return found
 
 
+def files_by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
+    """Files of a folder by stem, whatever the case of their suffix; the same stem twice is an error."""
+    found: dict[str, Path] = {}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in files:
+        if path.name.startswith(".") or path.suffix.lower() not in suffixes:
+            continue
+        if path.stem in found:
+            raise ValueError(
+                f"expected one file for {path.stem}, found {found[path.stem]} and {path}; remove or rename"
+                " one of them."
+            )
+        found[path.stem] = path
+    return found
+
+
 def _warn_of_unpaired(what: str, files: Mapping[str, Path], others: Mapping[str, Path]) -> None:
     alone = sorted(files.keys() - others.keys())
     if alone:
@@ -229,10 +250,11 @@ def _warn_of_unpaired(what: str, files: Mapping[str, Path], others: Mapping[str,
         log.warning("%d of %d %s and are left out; the first is %s", len(alone), len(files), what, first)
 
 
-def _check_same_frame(image: Rgb, ids: Ids, pair: Pair) -> None:
-    (h, w), (H, W) = image.shape[:2], ids.shape
+def check_same_frame(frame: Size, photo: Path, shape: tuple[int, ...], other: Path) -> None:
+    """Refuse a map or a control (H, W, ...) of another aspect ratio than its photo."""
+    (h, w), (H, W) = frame, shape[:2]
     if abs(h * W / (w * H) - 1) > SHAPE_TOLERANCE:
         raise ValueError(
-            f"{pair.labels}: expected a map in the shape of its photo ({h}x{w}, {pair.image}), found {H}x{W};"
+            f"{other}: expected a map in the shape of its photo ({h}x{w}, {photo}), found {H}x{W};"
             " one of the two was cropped or turned."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from multiprocessing import Value
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
-BUDGET = 10  # samples of a run that may be skipped because their files are damaged
+BUDGET = 10  # different faults in the data that a loader process bears
 
 
 class Frames(Protocol):
@@ -31,14 +31,14 @@ class Frames(Protocol):
 class Stream:
     """The samples of a run by number: each frame once in every pass, in an order that (seed, pass) gives.
 
-    A frame whose files do not decode is named and another one stands in for it; after `budget` of them
-    training stops.
+    A frame that cannot be read is named and another one stands in for it; when there are more than `budget`
+    different faults training stops.
     """
 
     def __init__(self, frames: Frames, seed: int, length: int, budget: int = BUDGET) -> None:
         """`length` is the number of samples that the run takes, over all of its passes and ranks."""
         self.frames, self.seed, self.length, self.budget = frames, seed, length, budget
-        self.skipped = Value("i", 0)  # shared by the loader's processes
+        self.faults: set[str] = set()  # each loader process has its own
 
     def __len__(self) -> int:
         """Number of samples of the run."""
@@ -50,26 +50,28 @@ class Stream:
             raise IndexError(f"expected a sample number in 0..{self.length - 1}, found {number}")
         turn, place = divmod(number, len(self.frames))
         order = order_of(len(self.frames), self.seed, turn)
-        for step in range(len(self.frames)):
+        for attempt in count():
+            index = int(order[(place + attempt) % len(order)])
+            rng = np.random.default_rng([self.seed, 1, number, *([attempt] if attempt else [])])
             try:
-                return self.frames.sample(
-                    int(order[(place + step) % len(order)]), np.random.default_rng([self.seed, 1, number])
-                )
+                return self.frames.sample(index, rng)
             except (ValueError, OSError) as error:
-                self.count(error)
+                self.note(error)
+            if attempt >= len(order) + self.budget:
+                break
         raise ValueError("expected at least one frame that can be read, found none")
 
-    def count(self, error: Exception) -> None:
-        """Name a skipped frame; raise when there are too many."""
-        with self.skipped.get_lock():
-            self.skipped.value += 1
-            skipped = self.skipped.value
-        if skipped > self.budget:
+    def note(self, error: Exception) -> None:
+        """Name a fault that is new; raise when there are too many."""
+        if str(error) in self.faults:
+            return
+        self.faults.add(str(error))
+        if len(self.faults) > self.budget:
             raise ValueError(
-                f"expected at most {self.budget} samples that cannot be read, found {skipped}; the last:"
+                f"expected at most {self.budget} faults in the data, found {len(self.faults)}; the last:"
                 f" {error}"
             ) from error
-        log.warning("skipped (%d of at most %d): %s", skipped, self.budget, error)
+        log.warning("skipped (%d of at most %d faults): %s", len(self.faults), self.budget, error)
 
 
 @lru_cache(maxsize=2)  # two passes meet in a batch

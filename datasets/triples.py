@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from datasets.base import ControlSample, FramedDataset, check_size, cut_photo
 from datasets.files import IMAGE_SUFFIXES, read_image, read_labels
 from datasets.label_space import LabelSpace, Size, resize_labels
-from datasets.segmentation import index_by_stem
+from datasets.segmentation import check_same_frame, files_by_stem
 
 # What a column is called: here, in fill50k, in the lists of diffusers and DGInStyle.
 COLUMNS = {
@@ -90,6 +90,7 @@ class TriplesDataset(FramedDataset):
         row, key = self.rows[index], self.keys[index]
         target, control = read_image(row.target), read_image(row.control)
         frame = (target.shape[0], target.shape[1])
+        check_same_frame(frame, row.target, control.shape, row.control)
         size = self.size or check_size(frame)
         window = self.framing.window(frame, rng)
         sample: TripleSample = {
@@ -101,6 +102,7 @@ class TriplesDataset(FramedDataset):
         labels, space = NO_LABELS, self.space or LabelSpace.load("cityscapes")  # no labels, so no names
         if self.space is not None and row.label is not None:
             ids = self.space.to_train_ids(read_labels(row.label), where=str(row.label))
+            check_same_frame(frame, row.target, ids.shape, row.label)
             labels = sample["label"] = resize_labels(window.cut(ids), size).astype(np.int64)
         sample["txt"] = self.prompt_of(key, labels, space, rng)
         return sample
@@ -177,23 +179,13 @@ def pair_folders(folder: Path) -> list[Row]:
 
 
 def keys_of(targets: Sequence[Path]) -> list[str]:
-    """A name for each row: the stem of its target, with its folder where stems are not unique."""
+    """A name for each row: the stem of its target, where that is not unique its path and the row's number."""
     times = Counter(path.stem for path in targets)
-    return [path.stem if times[path.stem] == 1 else f"{path.parent.name}/{path.stem}" for path in targets]
+    return [path.stem if times[path.stem] == 1 else f"{path}#{n}" for n, path in enumerate(targets)]
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    suffixes = {".txt"} if folder.name == "prompt" else IMAGE_SUFFIXES
-    found: dict[str, Path] = {}
-    for suffix in sorted(suffixes):
-        more = index_by_stem(folder.glob(f"*{suffix}"), suffix)
-        if double := sorted(found.keys() & more.keys()):
-            raise ValueError(
-                f"expected one file for {double[0]}, found {found[double[0]]} and {more[double[0]]}; remove"
-                " or rename one of them."
-            )
-        found |= more
-    return dict(sorted(found.items()))
+    return files_by_stem(folder, {".txt"} if folder.name == "prompt" else IMAGE_SUFFIXES)
 
 
 def _row(line: str, path: Path, number: int) -> Row:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from datasets.segmentation import SegmentationDataset, index_by_stem
+from datasets.segmentation import SegmentationDataset, files_by_stem
 
 
 class TwoFolderDataset(SegmentationDataset):
@@ -22,12 +22,12 @@ class TwoFolderDataset(SegmentationDataset):
     @classmethod
     def find_photos(cls, root: Path, split: str) -> dict[str, Path]:
         """Photo by stem."""
-        return index_by_stem((root / "images" / cls.folder_of(split)).glob("*.jpg"), ".jpg")
+        return files_by_stem(root / "images" / cls.folder_of(split), {".jpg", ".jpeg"})
 
     @classmethod
     def find_label_maps(cls, root: Path, split: str) -> dict[str, Path]:
         """Label map by stem."""
-        return index_by_stem((root / "annotations" / cls.folder_of(split)).glob("*.png"), ".png")
+        return files_by_stem(root / "annotations" / cls.folder_of(split), {".png"})
 
     @classmethod
     def splits(cls, root: Path) -> list[str]:

@@ -16,7 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import tutorial_dataset
-from datasets import DATASETS, create_dataset, missing_paths
+import tutorial_train
+from cldm.config import load_run_config
+from datasets import DATASETS, create_dataset, missing_paths, options_of
 from datasets.base import check_size, label_sample, resize_image, to_signed
 from datasets.cityscapes import CityscapesDataset
 from datasets.fill50k import Fill50kDataset
@@ -355,6 +357,22 @@ def test_the_registry_agrees_with_the_classes() -> None:
         assert getattr(entry.load(), "label_space", None) == entry.label_space
 
 
+@pytest.mark.parametrize("name", DATASETS)
+def test_options_of_every_run_file_are_those_of_its_data_set(name: str) -> None:
+    config = load_run_config(name, None, [])
+    given = set(tutorial_train.dataset_options(config)) - {"root"}
+    assert given <= set(options_of(DATASETS[name].load()))
+    for every in ("size", "prompt", "crop", "zoom", "flip", "words", "drop_prompt", "seed"):
+        assert every in options_of(DATASETS[name].load())
+    assert "options" not in options_of(DATASETS[name].load())
+
+
+def test_suffixes_in_capitals_are_files_too(tmp_path: Path) -> None:
+    ids = np.ones((64, 64), np.uint8)
+    add_pair(tmp_path, "images/training/a.JPG", "annotations/training/a.PNG", ids)
+    assert create_dataset("ade20k", root=tmp_path, size=(64, 64))[0]["key"] == "a"
+
+
 def test_the_default_root_is_used_when_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^data.cityscapes: "):
@@ -428,6 +446,8 @@ def test_gta_has_cityscapes_ids_licence_plates_and_lists_as_splits(tmp_path: Pat
     assert np.round(plates["hint"][0, 100] * 255).tolist() == [0, 0, 142]
     with pytest.raises(FileNotFoundError, match=r"those of val\.txt.*splits on disk: train"):
         create_dataset("gta", root=tmp_path, split="val")
+    (tmp_path / "README.txt").write_text("not a split", encoding="utf-8")
+    assert len(create_dataset("gta", root=tmp_path, size=(64, 128))) == 3
     (tmp_path / "val.txt").write_text("00003.png\n", encoding="utf-8")
     (tmp_path / "train.txt").write_text("00001\n00002\n", encoding="utf-8")
     keys = {s: [p.key for p in create_dataset("gta", root=tmp_path, split=s).pairs] for s in ("train", "val")}

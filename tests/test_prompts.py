@@ -22,6 +22,7 @@ WEATHER = ["snowy", "rainy", "sunny", "foggy"]
 def test_a_plain_sentence_stays_as_it_is() -> None:
     assert Prompts("City road scenes.").of("a", MAP, SPACE) == "City road scenes."
     assert Prompts("{{x}} and {classes}").of("a", MAP, SPACE) == "{x} and car, road"
+    assert Prompts("{{x}}").of("a", MAP, SPACE) == "{x}"
 
 
 def test_classes_come_by_area_and_void_is_none() -> None:
@@ -75,6 +76,8 @@ def test_captions_are_read_as_an_object_or_as_lines(tmp_path: Path) -> None:
         "".join(json.dumps({"key": k, "text": v}) + "\n" for k, v in texts.items())
     )
     assert read_captions(tmp_path / "object.json") == read_captions(tmp_path / "lines.jsonl") == texts
+    (tmp_path / "one.jsonl").write_text('{"key": "a", "text": "a tram"}')
+    assert read_captions(tmp_path / "one.jsonl") == {"a": "a tram"}
     for content, said in (
         ('{"a": 1}', "expected captions by key"),
         ('{"key": "a"}\n{}', r"bad:1: expected a JSON object"),
@@ -129,6 +132,7 @@ def test_a_frame_without_a_caption_is_named_at_the_start(tree: Path, tmp_path: P
     assert dataset[1]["txt"] == "a tram, at noon"
     file.write_text(json.dumps({keys[0]: "a tram", keys[1]: " "}))
     with pytest.raises(
-        ValueError, match=rf"texts.json: expected a caption for {keys[1]}, found none \(2 in all\)"
+        ValueError,
+        match=rf"texts.json, split train: expected a caption for {keys[1]}, found none \(2 in all\)",
     ):
         CityscapesDataset(tree, size=(64, 64), prompt="{caption}", captions=file)

@@ -121,6 +121,28 @@ def test_statistics_are_counted_once_and_kept_beside_the_data(
     np.testing.assert_array_equal(first.chances, second.chances)
 
 
+def test_a_damaged_frame_does_not_stop_a_run(tree: Path) -> None:
+    dataset = build(tree)
+    frames = RareClassFrames(dataset, measure_classes(dataset), temperature=0.2, least_pixels=50)
+    (tree / f"leftImg8bit/train/ulm/{KEYS[2]}_leftImg8bit.png").write_bytes(b"")
+    stream = Stream(frames, seed=0, length=60)
+    assert {stream[n]["key"] for n in range(60)} == {KEYS[0], KEYS[1], KEYS[3]}
+
+
+def test_a_window_at_the_centre_stays_there(tree: Path) -> None:
+    dataset = build(tree, crop="centre")
+    frames = RareClassFrames(dataset, measure_classes(dataset), temperature=0.0001, least_pixels=300)
+    assert len({frames.sample(0, np.random.default_rng(n))["label"].tobytes() for n in range(20)}) == 1
+
+
+def test_maps_that_changed_are_named(tree: Path) -> None:
+    dataset = build(tree)
+    frames = RareClassFrames(dataset, measure_classes(dataset), temperature=0.0001, least_pixels=300)
+    Image.new("L", (128, 64), ROAD).save(dataset.pairs[2].labels)
+    with pytest.raises(ValueError, match=f"{KEYS[2]}.*expected train id 16, as the class statistics say"):
+        frames.sample(0, np.random.default_rng(0))
+
+
 def test_what_does_not_fit_is_said_in_a_sentence(tree: Path) -> None:
     statistics = measure_classes(build(tree))
     with pytest.raises(ValueError, match="expected frames with more than 100000 pixels"):

@@ -293,6 +293,17 @@ def test_latents_are_not_kept_of_frames_that_change(
     assert "expected samples that stay the same with train.keep_latents=true" in capsys.readouterr().err
 
 
+def test_ranks_share_the_samples_of_a_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parts, "ranks_now", lambda rank=rank: (rank, 3))
+        share = parts.RankShare(12)
+        shares.append(list(share))
+        assert len(share) == 4
+    assert sorted(number for share in shares for number in share) == list(range(12))
+    assert shares[1] == [1, 4, 7, 10]
+
+
 def test_a_batch_may_be_larger_than_the_data_set(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,7 +124,20 @@ def test_equal_stems_in_two_folders_have_two_keys(tmp_path: Path) -> None:
         rows.append({"target": f"{folder}/1.png", "control": f"{folder}/1.png", "prompt": folder})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dataset = TriplesDataset(tmp_path)
-    assert {dataset[i]["key"]: dataset[i]["txt"] for i in range(2)} == {"day/1": "day", "night/1": "night"}
+    assert [dataset[i]["txt"] for i in range(2)] == ["day", "night"]
+    rows.append({**rows[0], "prompt": "noon"})  # another text of the same target
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = TriplesDataset(tmp_path)
+    assert [dataset[i]["txt"] for i in range(3)] == ["day", "night", "noon"]
+    assert len({dataset[i]["key"] for i in range(3)}) == 3
+
+
+def test_a_control_that_was_turned_is_refused(folders: Path) -> None:
+    save(folders / "train/target/1.png", np.zeros((64, 128, 3), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"control/1\.png: expected a map in the shape of its photo \(64x128"
+    ):
+        TriplesDataset(folders, size=(64, 64))[0]
 
 
 # -- circles -------------------------------------------------------------------------------------------------
