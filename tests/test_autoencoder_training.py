@@ -432,18 +432,19 @@ def tiny_model_file() -> DictConfig:
         ("train.lrr=1", "did you mean train.lr"),
         ("train.lr=0", "train.lr above 0, found 0"),
         ("train.steps=0", "train.steps of 1 or more, found 0"),
-        ("train.crop=[60,64]", "train.crop=[HEIGHT,WIDTH] in multiples of 16, found [60, 64]"),
+        ("train.crop=[60,64]", "train.crop=[HEIGHT,WIDTH] in multiples of 8, found [60, 64]"),
         ("train.last_crop=[256,256]", "train.last_crop within [128, 256], found [256, 256]"),
         ("train.average=1.0", "train.average below 1"),
         ("train.precision=64", "train.precision to be one of 32-true, bf16-mixed, found '64'"),
         ("loss.kl=-1", "loss.kl of 0 or more, found -1"),
-        ("loss.pyramid_levels=4", "in multiples of 32"),
+        ("loss.pyramid_levels=4", "in multiples of 16"),
+        ("loss.energy=1", "in multiples of 16"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(
     override: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = ["train.crop=[80,64]"] if override == "loss.pyramid_levels=4" else []
+    extra = ["train.crop=[72,64]"] if said == "in multiples of 16" else []
     with pytest.raises(SystemExit) as exit_info:
         script.main([override, *extra])
     assert exit_info.value.code == 2
