@@ -175,7 +175,11 @@ def test_a_session_takes_size_and_settings_from_the_run(
     recorded = load_session(tmp_path, tmp_path / "run.safetensors")
     assert (recorded.size, recorded.sample) == ((64, 192), SampleConfig(scale=2.5, sampler="dpm++2m"))
     assert recorded.marks["checkpoint"] == "run.safetensors"
-    assert read_recorded_run(tmp_path / "plain.safetensors") == (None, None, SampleConfig())
+    plain = read_recorded_run(tmp_path / "plain.safetensors")
+    assert plain == (None, None, SampleConfig(), None, None, None)
+    write_tensors(tmp_path / "other.safetensors", some, {"run_config": "data: {hint: label_colours}"})
+    with pytest.raises(ValueError, match=r"expected a control of colour maps.*data\.hint=label_colours"):
+        load_session(tmp_path, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"bad.safetensors: its run_config"):
         read_recorded_run(tmp_path / "bad.safetensors")
 
