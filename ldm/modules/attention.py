@@ -27,7 +27,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     small = q.shape[-2] * k.shape[-2] <= SLOW_BELOW
     if small and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return (scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
