@@ -212,11 +212,14 @@ class SegmentationDataset(FramedDataset):
         )
 
 
-def index_by_stem(paths: Iterable[Path], suffix: str) -> dict[str, Path]:
-    """Files by their name without `suffix`; the same stem twice is an error, hidden files are skipped."""
+def index_by_stem(paths: Iterable[Path], suffix: str = "") -> dict[str, Path]:
+    """Files by their name without `suffix`, by default without whatever suffix they have.
+
+    The same stem twice is an error, hidden files are skipped.
+    """
     found: dict[str, Path] = {}
     for path in sorted(paths):
-        stem = path.name.removesuffix(suffix)
+        stem = path.name.removesuffix(suffix or path.suffix)
         if path.name.startswith("."):  # macOS leaves "._name.png" beside "name.png"
             continue
         if stem in found:
@@ -228,19 +231,8 @@ def index_by_stem(paths: Iterable[Path], suffix: str) -> dict[str, Path]:
 
 
 def files_by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
-    """Files of a folder by stem, whatever the case of their suffix; the same stem twice is an error."""
-    found: dict[str, Path] = {}
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in files:
-        if path.name.startswith(".") or path.suffix.lower() not in suffixes:
-            continue
-        if path.stem in found:
-            raise ValueError(
-                f"expected one file for {path.stem}, found {found[path.stem]} and {path}; remove or rename"
-                " one of them."
-            )
-        found[path.stem] = path
-    return found
+    """Files of a folder by stem, whatever the case of their suffix."""
+    return index_by_stem(path for path in folder.glob("*") if path.suffix.lower() in suffixes)
 
 
 def _warn_of_unpaired(what: str, files: Mapping[str, Path], others: Mapping[str, Path]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -50,15 +49,13 @@ class Stream:
             raise IndexError(f"expected a sample number in 0..{self.length - 1}, found {number}")
         turn, place = divmod(number, len(self.frames))
         order = order_of(len(self.frames), self.seed, turn)
-        for attempt in count():
+        for attempt in range(len(order) + self.budget + 1):
             index = int(order[(place + attempt) % len(order)])
             rng = np.random.default_rng([self.seed, 1, number, *([attempt] if attempt else [])])
             try:
                 return self.frames.sample(index, rng)
             except (ValueError, OSError) as error:
                 self.note(error)
-            if attempt >= len(order) + self.budget:
-                break
         raise ValueError("expected at least one frame that can be read, found none")
 
     def note(self, error: Exception) -> None:
