@@ -44,12 +44,35 @@ def train(config: DictConfig, out: Path) -> None:
     from cldm.slices import read_progress
     from datasets.streets.photos import make_missing_trees, read_photos
 
-    folder, identity = Path(config.slice.folder), identity_of(config)
+    folder, identity = Path(config.slice.folder), identity_of(config) + digest_of_features(config)
     folder.mkdir(parents=True, exist_ok=True)
     progress = read_progress(folder, identity)
     make_missing_trees(config.data)
     photos, held_out = read_photos(config.data, "train"), read_photos(config.data, "val")
     report(run_slice(config, progress, identity, photos, held_out.images, out), out)
+
+
+def digest_of_features(config: DictConfig) -> str:
+    """A line of the run's identity for the network of loss.features, where it counts."""
+    from cldm.digests import sha256_of
+
+    if not config.loss.features:
+        return ""
+    if not Path(config.data.features).is_file():
+        raise FileNotFoundError(
+            f"expected the network of loss.features at {config.data.features}, found nothing; train it first:"
+            " python tool_train_streets_judge.py --config configs/streets_features.yaml"
+        )
+    return f"features: {sha256_of(config.data.features)}\n"
+
+
+def features_of(config: DictConfig) -> Any:
+    """The feature maps that loss.features compares, of a judge that stays as it is."""
+    from metrics.judge import StreetsJudge
+
+    if not config.loss.features:
+        return None
+    return StreetsJudge.load(config.data.features).network.requires_grad_(False).feature_maps
 
 
 def run_slice(
@@ -68,7 +91,7 @@ def run_slice(
     train, section = config.train, config.slice
     pl.seed_everything(train.seed, verbose=False)
     model_file = load_model_config(config.model.config)
-    module = build_training(config, model_file, photos.images)
+    module = build_training(config, model_file, photos.images, features_of(config))
     times = {"minutes": section.minutes, "save_minutes": section.save_minutes}
     running = TrainingSlice(
         section.folder, module.autoencoder, progress, identity, decay=train.average, **times

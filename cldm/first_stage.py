@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cldm.tensor_writing import write_tensors
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_training import (
     LossWeights,
+    feature_distance,
     frame_psnr,
     loss_terms,
     principal_code,
@@ -33,6 +34,8 @@ from ldm.models.autoencoder_training import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution as Gaussian
 from ldm.util import instantiate_from_config
+
+FeatureMaps = Callable[[Tensor], Sequence[Tensor]]
 
 PREFIX = "first_stage_model."
 GUIDE_FRAMES = 200  # of the training photos, for the best linear code of their blocks
@@ -66,6 +69,7 @@ class AutoencoderTraining(StageTraining):
            step: at 0 it starts near 1, and the noise drowns the latents until the network has made them large
     guide  weight and bias of `principal_code`, which the latents are drawn to at first, with a strength that
            fades over how.guide_steps: by itself the network stays for long with a single component
+    features  images in [-1, 1] -> feature maps of a frozen network, compared from step how.features_from on
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class AutoencoderTraining(StageTraining):
         weights: LossWeights,
         how: DictConfig,
         guide: tuple[Tensor, Tensor] | None = None,
+        features: FeatureMaps | None = None,
     ) -> None:
         # 4-D weights alone lie channels-last; convolutions then take and give images that do
         super().__init__(autoencoder.to(memory_format=torch.channels_last), how)
@@ -82,6 +87,7 @@ class AutoencoderTraining(StageTraining):
             autoencoder.quant_conv.bias[autoencoder.embed_dim :] += how.start_logvar
         self.weights = weights
         self.guide, self.guide_steps = guide, how.guide_steps if guide else 0
+        self.features = features
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Encode, draw a latent, decode, compare."""
@@ -93,6 +99,10 @@ class AutoencoderTraining(StageTraining):
         loss = torch.stack([getattr(self.weights, name) * term for name, term in terms.items()]).sum()
         if step < self.guide_steps:
             loss = loss + (1 - step / self.guide_steps) * self.distance_to_guide(x, posterior.mean)
+        if self.features is not None and step >= self.how.features_from:
+            with torch.no_grad():
+                expected = self.features(x)
+            loss = loss + self.weights.features * feature_distance(self.features(reconstruction), expected)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(x))
         return loss
 
@@ -103,7 +113,9 @@ class AutoencoderTraining(StageTraining):
         return F.mse_loss(latent, F.conv2d(x.float(), weight, bias, stride=weight.shape[-1]))
 
 
-def build_training(config: DictConfig, model_file: DictConfig, photos: Rgb) -> AutoencoderTraining:
+def build_training(
+    config: DictConfig, model_file: DictConfig, photos: Rgb, features: FeatureMaps | None = None
+) -> AutoencoderTraining:
     """The first stage of a model file, to be trained under the settings of a `VAEStage` on `photos`."""
     params = OmegaConf.to_container(model_file.model.params.first_stage_config, resolve=True)
     network = instantiate_from_config(params)
@@ -111,7 +123,7 @@ def build_training(config: DictConfig, model_file: DictConfig, photos: Rgb) -> A
     if config.train.guide_steps:
         some = photos[spread(len(photos), GUIDE_FRAMES)]
         guide = principal_code(some, network.embed_dim, network.downsampling)
-    return AutoencoderTraining(network, LossWeights(**config.loss), config.train, guide)
+    return AutoencoderTraining(network, LossWeights(**config.loss), config.train, guide, features)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -20,6 +20,7 @@ NOT_OF_THE_RUN = (
     "data.game_root",
     "data.val_frames",
     "data.first_stage",  # told by its digest
+    "data.features",  # likewise
     "sample",
     "slice",
 )
@@ -45,6 +46,13 @@ class PhotosConfig:
 
 
 @dataclass
+class VAEPhotosConfig(PhotosConfig):
+    """Photos, and the network whose feature maps the loss may compare."""
+
+    features: str | None = None  # a judge's file, for loss.features
+
+
+@dataclass
 class VAELossConfig:
     """Fields of `ldm.models.autoencoder_training.LossWeights`."""
 
@@ -55,6 +63,7 @@ class VAELossConfig:
     energy: float = 0.0
     edge: float = 1.0
     kl: float = 1e-4
+    features: float = 0.0
 
 
 @dataclass
@@ -72,6 +81,7 @@ class VAETrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     start_logvar: float = -6.0  # of the posterior, so that its noise does not drown the first latents
     guide_steps: int = 500  # over which the pull to the best linear code fades; 0 is none
+    features_from: int = 0  # step at which loss.features begins
     average: float = 0.999  # decay of the average of the weights
     precision: str = "32-true"  # one of PRECISIONS
     seed: int = 0
@@ -93,7 +103,7 @@ class VAEStage:
     """First stage: the autoencoder."""
 
     model: StageModelConfig = field(default_factory=StageModelConfig)
-    data: PhotosConfig = field(default_factory=PhotosConfig)
+    data: VAEPhotosConfig = field(default_factory=VAEPhotosConfig)
     loss: VAELossConfig = field(default_factory=VAELossConfig)
     train: VAETrainConfig = field(default_factory=VAETrainConfig)
     slice: SliceConfig = field(default_factory=lambda: SliceConfig(folder="output/streets/vae"))
@@ -147,11 +157,13 @@ VAE_AT_LEAST = {
     "loss.energy": 0,
     "loss.edge": 0,
     "loss.kl": 0,
+    "loss.features": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.last_share": 0,
     "train.warmup": 0,
     "train.guide_steps": 0,
+    "train.features_from": 0,
     "train.clip": 0,
     "train.average": 0,
     "train.seed": 0,
@@ -225,6 +237,11 @@ def check_vae_stage(config: DictConfig) -> None:
     check_training(config.train)
     train, data, levels = config.train, config.data, config.loss.pyramid_levels
     check_at_most_1(config, ("train.last_share",))
+    if config.loss.features and data.features is None:
+        raise ValueError(
+            "expected data.features=FILE, a judge of tool_train_streets_judge.py, beside "
+            f"loss.features={config.loss.features:g}, found none"
+        )
     # the autoencoder halves three times; the strength of details takes windows of 4 in the last band
     step = 2 ** max(3, levels + 1 if config.loss.energy else levels)
     for key in ("data.size", "train.crop", "train.last_crop"):

@@ -85,15 +85,19 @@ class JudgeNetwork(nn.Module):
         self.embed = nn.Linear(sum(arch.hidden), arch.features)
         self.recognise = nn.Linear(arch.features, arch.conditions)
 
-    def forward(self, x: Tensor) -> Answers:
-        """(B, 3, H, W) in [-1, 1], sides in multiples of `arch.step`."""
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1], sides in multiples of `arch.step` -> maps of each stage and the joined one."""
         stages = self.encoder(x, output_hidden_states=True).hidden_states
         size = stages[0].shape[-2:]
         joined = self.lateral[0](stages[0])
         for lateral, stage in zip(self.lateral[1:], stages[1:], strict=True):
             joined = joined + F.interpolate(lateral(stage), size, mode="bilinear", align_corners=False)
         pixels = F.pixel_unshuffle(x, FINE).to(joined.dtype)
-        fine = F.gelu(self.fine(torch.cat([F.gelu(joined), pixels], dim=1)))
+        return [*stages, F.gelu(self.fine(torch.cat([F.gelu(joined), pixels], dim=1)))]
+
+    def forward(self, x: Tensor) -> Answers:
+        """(B, 3, H, W) in [-1, 1], sides in multiples of `arch.step`."""
+        *stages, fine = self.feature_maps(x)
         for convolution in self.refine:
             fine = fine + F.gelu(convolution(fine))
         features = self.embed(torch.cat([stage.mean(dim=(2, 3)) for stage in stages], dim=1))

@@ -20,6 +20,7 @@ from cldm.averaging import WeightAverage
 from cldm.first_stage import build_training, latent_moments, reconstruct, spread, write_first_stage
 from cldm.model import create_model, load_model_config
 from cldm.slices import Progress, first_difference, read_progress
+from cldm.stage_training import noise_generator
 from cldm.stages import VAEStage, check_vae_stage, identity_of, load_stage
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
@@ -30,6 +31,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_training import (
     LossWeights,
     edge_weights,
+    feature_distance,
     frame_psnr,
     image_gradient,
     laplacian_pyramid,
@@ -38,6 +40,7 @@ from ldm.models.autoencoder_training import (
     standardise_latents,
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from metrics.judge import JudgeArch, JudgeNetwork, write_judge
 
 RUN = Path("configs/streets_vae.yaml")
 
@@ -167,6 +170,39 @@ def test_the_pull_to_the_linear_code_is_a_squared_distance_that_fades() -> None:
         [added[0] * part for part in (1, 0.75, 0.5, 0.25, 0, 0)], rel=1e-3, abs=1e-6
     )
     assert added[0] > 0.1
+
+
+def test_the_distance_of_features_is_that_of_unit_vectors() -> None:
+    pairs = [(images(2, 5, 3, 4, seed=i), images(2, 5, 3, 4, seed=10 + i)) for i in range(2)]
+    expected = 0.0
+    for a, b in pairs:
+        u, v = (m.double().numpy().transpose(0, 2, 3, 1).reshape(-1, 5) for m in (a, b))
+        u, v = (m / (np.linalg.norm(m, axis=1, keepdims=True) + 1e-3) for m in (u, v))
+        expected += np.mean([np.dot(p - q, p - q) for p, q in zip(u, v, strict=True)])
+    found, wanted = zip(*pairs, strict=True)
+    assert feature_distance(found, wanted).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_count_from_their_first_step_on() -> None:
+    frames, x = noise_frames(2).images, images(2, 3, 32, 32)
+    options = ["train.guide_steps=0", "loss.features=3", "train.features_from=2", "data.features=judge"]
+
+    def quarters(image: Tensor) -> list[Tensor]:
+        return [torch.nn.functional.avg_pool2d(image, 4)]
+
+    module = build_training(load_stage(VAEStage, RUN, options), tiny_model_file(), frames, quarters)
+    module.log = lambda *args, **more: None
+    losses = {}
+    for features in (quarters, None):
+        module.features = features
+        losses[features] = [
+            module.training_step({"jpg": x.permute(0, 2, 3, 1), "step": step}, 0).item() for step in (1, 2)
+        ]
+    assert losses[quarters][0] == losses[None][0]
+    latent = module.autoencoder.encode(x).sample(noise_generator(0, 2, x.device))
+    found = module.autoencoder.decode(latent)
+    expected = losses[None][1] + 3 * feature_distance(quarters(found), quarters(x)).item()
+    assert losses[quarters][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_psnr_of_all_pixels_and_of_the_strongest_edges() -> None:
@@ -299,7 +335,12 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def overrides(trees: list[str], tiny_yaml: Path) -> list[str]:
     settings = "batch_size=2 crop=[32,32] last_crop=[64,64] last_share=0.4 warmup=2 steps=5 precision=32-true"
-    return [*trees, f"model.config={tiny_yaml}", *(f"train.{setting}" for setting in settings.split())]
+    return [
+        *trees,
+        f"model.config={tiny_yaml}",
+        "loss.features=0",
+        *(f"train.{setting}" for setting in settings.split()),
+    ]
 
 
 def run(folder: Path, *arguments: str) -> dict[str, Tensor]:
@@ -319,6 +360,26 @@ def test_a_run_in_slices_is_bit_by_bit_the_run_in_one(tmp_path: Path, overrides:
     assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
     written = [read_tensors(tmp_path / name / "first_stage.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(value, written[1][key]) for key, value in written[0].items())
+
+
+def test_a_run_is_that_of_its_network_of_features(
+    tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "judge.safetensors"
+    options = [*overrides, "loss.features=1", "train.features_from=1", f"data.features={path}"]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", *options)
+    assert "train it first: python tool_train_streets_judge.py" in capsys.readouterr().err
+    torch.manual_seed(0)
+    write_judge(path, JudgeNetwork(JudgeArch()), {})
+    without = run(tmp_path / "without", *overrides)
+    run(tmp_path / "run", "--minutes", "0", *options)
+    write_judge(path, JudgeNetwork(JudgeArch()), {})
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", *options)
+    assert "is the state of a run with features=" in capsys.readouterr().err
+    found = run(tmp_path / "whole", *options)
+    assert not all(torch.equal(without[key], found[key]) for key in without)
 
 
 def test_a_slice_leaves_a_log_a_picture_and_a_file_that_says_what_made_it(
@@ -432,10 +493,11 @@ def tiny_model_file() -> DictConfig:
         ("train.lrr=1", "did you mean train.lr"),
         ("train.lr=0", "train.lr above 0, found 0"),
         ("train.steps=0", "train.steps of 1 or more, found 0"),
-        ("train.crop=[60,64]", "train.crop=[HEIGHT,WIDTH] in multiples of 8, found [60, 64]"),
+        ("train.crop=[60,64]", "train.crop=[HEIGHT,WIDTH] in multiples of 16, found [60, 64]"),
         ("train.last_crop=[256,256]", "train.last_crop within [128, 256], found [256, 256]"),
         ("train.average=1.0", "train.average below 1"),
         ("train.precision=64", "train.precision to be one of 32-true, bf16-mixed, found '64'"),
+        ("data.features=null", "expected data.features=FILE"),
         ("loss.kl=-1", "loss.kl of 0 or more, found -1"),
         ("loss.pyramid_levels=4", "in multiples of 16"),
         ("loss.energy=1", "in multiples of 16"),
@@ -444,9 +506,9 @@ def tiny_model_file() -> DictConfig:
 def test_a_wrong_setting_is_one_sentence(
     override: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = ["train.crop=[72,64]"] if said == "in multiples of 16" else []
+    extra = ["train.crop=[72,64]", "loss.energy=0"] if said == "in multiples of 16" else []
     with pytest.raises(SystemExit) as exit_info:
-        script.main([override, *extra])
+        script.main([*extra, override])
     assert exit_info.value.code == 2
     error = capsys.readouterr().err.strip()
     assert said in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
+FEATURE_FLOOR = 1e-3  # added to the length of a feature vector, which is of order 1 to 10
 STRENGTH_FLOOR = 0.01  # of details, below which their strength has no slope to speak of
 
 
@@ -27,6 +29,7 @@ class LossWeights:
     energy: float = 0.0  # absolute difference of the local strength of details, summed over the pyramid
     edge: float = 1.0  # how much more an edge of mean strength counts than a flat place
     kl: float = 1e-4  # nats for each image value: 1 / 48 of nats for each latent value at 8x down
+    features: float = 0.0  # `feature_distance` under a network that was trained before
 
 
 def image_gradient(x: Tensor) -> Tensor:
@@ -65,6 +68,24 @@ def laplacian_pyramid(x: Tensor, levels: int) -> list[Tensor]:
 def local_strength(band: Tensor) -> Tensor:
     """Root mean square of details over windows of 4x4; what texture keeps when its grain lies elsewhere."""
     return (F.avg_pool2d(band**2, 4, stride=2) + STRENGTH_FLOOR**2).sqrt()
+
+
+def feature_distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """Distance of two lists of feature maps (B, C, h, w): LPIPS without learned weights (Zhang et al. 2018).
+
+    Squared distance of the channel vectors at unit length, averaged over places and images, summed over maps.
+    """
+    terms = [
+        (unit_channels(a) - unit_channels(b)).pow(2).sum(dim=1).mean()
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return torch.stack(terms).sum()
+
+
+def unit_channels(maps: Tensor) -> Tensor:
+    """Feature vectors at unit length, in float32."""
+    maps = maps.float()
+    return maps / (maps.pow(2).sum(dim=1, keepdim=True).sqrt() + FEATURE_FLOOR)
 
 
 def loss_terms(
