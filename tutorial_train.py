@@ -42,7 +42,10 @@ FLAGS = {
 }
 
 # Keys of `data` that are the run's own.
-NOT_OF_DATASETS = ("name", "val_split", "num_workers", "rare_classes", "rare_temperature", "rare_pixels")
+NOT_OF_DATASETS = (
+    *("name", "val_split", "num_workers", "rare_classes", "rare_temperature", "rare_pixels"),
+    *("cache", "cache_crops", "cache_precision"),
+)
 OTHER_SUFFIX = {".safetensors": ".ckpt", ".ckpt": ".safetensors"}
 OBTAIN_WEIGHTS = """\
   SD 1.5: v1-5-pruned.safetensors of huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -171,7 +174,8 @@ def train(config: DictConfig) -> None:
         check_kept(config, dataset)
         model, saver = build_model(config)
         check_channels(config, dataset, model.control_model.hint_channels)
-        stream = Stream(frames_of(config, dataset), config.train.seed, count_samples(config))
+        frames = cached_frames(config, dataset, model) if config.data.cache else dataset
+        stream = Stream(drawn_by_class(config, dataset, frames), config.train.seed, count_samples(config))
         loader = build_loader(config, stream)
         trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
     except (ValueError, OSError) as error:
@@ -199,19 +203,45 @@ def check_channels(config: DictConfig, dataset: Any, expected: int) -> None:
         )
 
 
-def frames_of(config: DictConfig, dataset: Any) -> Any:
-    """What samples are drawn from: the frames in turn, or by class."""
+def drawn_by_class(config: DictConfig, dataset: Any, frames: Any) -> Any:
+    """The frames themselves, which are taken in turn, or with rare classes a drawing of them by class."""
     if not config.data.rare_classes:
-        return dataset
+        return frames
     from datasets.rare_classes import draw_rare_classes
 
     data = config.data
-    return draw_rare_classes(dataset, temperature=data.rare_temperature, least_pixels=data.rare_pixels)
+    options = {"temperature": data.rare_temperature, "least_pixels": data.rare_pixels}
+    return draw_rare_classes(dataset, frames=frames, **options)
+
+
+def cached_frames(config: DictConfig, dataset: Any, model: Any) -> Any:
+    """The data set with moments instead of photos, encoded now where they are missing; the stages leave."""
+    from cldm.cache import write_samples, write_texts
+    from cldm.shelf import Shelf
+    from cldm.weights import read_weights
+    from datasets.cached import CachedDataset, ViewRows, collate_rows, identity_of_rows
+    from datasets.framing import Views
+
+    data, start = config.data, config.model.checkpoint
+    views = Views(dataset.framing, data.cache_crops, config.train.seed)
+    identity, rows = identity_of_rows(dataset, views, data.cache), ViewRows(dataset, views)
+    options = {"dtype": data.cache_precision, "num_workers": data.num_workers}
+    write_samples(
+        data.cache, rows, collate_rows, model, identity, batch_size=config.train.batch_size, **options
+    )
+    frames = CachedDataset(dataset, views, data.cache)
+    model.known_texts = write_texts(
+        data.cache, frames.texts(), model.cond_stage_model, dtype=data.cache_precision
+    )
+    Shelf(model, None if start == RANDOM else lambda: read_weights(start, config.model.base))
+    return frames
 
 
 def check_kept(config: DictConfig, dataset: Any) -> None:
     """Refuse to keep latents by frame where a frame does not look the same every time."""
     framing = dataset.framing
+    if config.train.keep_latents and config.data.cache:
+        raise ValueError("expected one of data.cache and train.keep_latents, found both; the cache does both")
     if config.train.keep_latents and not framing.is_fixed:
         raise ValueError(
             "expected samples that stay the same with train.keep_latents=true, found"

@@ -19,11 +19,13 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 PROJECT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+CACHE_PRECISIONS = ("32", "16")
 SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
 MAX_STEPS = 1000
 AT_LEAST = {
     "data.num_workers": 0,
     "data.rare_pixels": 0,
+    "data.cache_crops": 1,
     "train.batch_size": 1,
     "train.accumulate": 1,
     "train.max_steps": 1,
@@ -72,6 +74,9 @@ class DataConfig:
     rare_classes: bool = False  # draw frames and windows by class, rare ones more often
     rare_temperature: float = 0.01  # the lower, the more often
     rare_pixels: int = 3000  # of a class in a frame that is drawn for it, at the least
+    cache: str | None = None  # folder for what the frozen networks make of the data, made if it is not there
+    cache_crops: int = 1  # windows of each frame that it keeps, with random crops
+    cache_precision: str = "32"  # 16 halves it; one of CACHE_PRECISIONS
     num_workers: int = 4  # loader processes
 
 
@@ -174,6 +179,9 @@ def check_run(config: DictConfig) -> None:
     size = config.data.size
     if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
         raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")
+    if config.data.cache_precision not in CACHE_PRECISIONS:
+        names, found = ", ".join(CACHE_PRECISIONS), config.data.cache_precision
+        raise ValueError(f"expected data.cache_precision to be one of {names}, found {found!r}")
     if config.train.precision not in TRAINING_PRECISIONS:
         names = ", ".join(TRAINING_PRECISIONS)
         raise ValueError(f"expected train.precision to be one of {names}, found {config.train.precision!r}")

@@ -105,11 +105,11 @@ class ImageLogger(pl.Callback):
 
 @contextmanager
 def evaluating(trainer: pl.Trainer, model: ControlLDM) -> Iterator[None]:
-    """Evaluation mode, no graph, the precision of the run; the mode comes back whatever happens."""
+    """Evaluation mode, no graph, the precision of the run, all stages there; what was before comes back."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), model.lend_stages():
             yield
     finally:
         model.train(was_training)

@@ -6,9 +6,9 @@ are, so nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypedDict
+from typing import Any, ClassVar, NamedTuple, NotRequired, Self, TypedDict
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from datasets.framing import Framing, Window
 from datasets.hint_encoding import HintEncoding
 from datasets.label_space import Ids, LabelSpace, Rgb, Size, resize_labels
-from datasets.prompts import Prompts
+from datasets.prompts import CLASSES, Prompts
 
 CAPTIONS = "captions.json"  # of a tree, by stem
 SIZE_STEP = 64  # 8x of the VAE times 8x of the UNet
@@ -39,18 +39,31 @@ class Sample(LabelSample):
 
 
 class ControlSample(TypedDict):
-    """A photo with a hint that is no label map."""
+    """A hint that is no label map, perhaps with one."""
 
-    jpg: NDArray[np.float32]  # (H, W, 3) in [-1, 1]
     hint: NDArray[np.float32]  # (H, W, 3) in [0, 1]
     txt: str
     key: str
+    label: NotRequired[NDArray[np.int64]]  # (H, W) train ids, 255 = void
+
+
+class View(NamedTuple):
+    """What a sample shows beside its photo, before it becomes floats."""
+
+    key: str
+    ids: Ids | None  # (H, W) checked file ids
+    control: Rgb | None = None  # (H, W, 3), where the hint is no label map
+
+
+# The window of a frame (H, W) with a map of file ids (h, w), which may have another resolution, or without.
+Choose = Callable[[Size, Ids | None], Window]
 
 
 class FramedDataset:
     """Frames that become samples of one size, each with a prompt.
 
-    A concrete data set finds its frames, calls `set_prompts` with their captions, and implements `sample`.
+    A concrete data set finds its frames, sets `space`, calls `set_prompts` with the captions, and implements
+    `__len__`, `key_of`, `files`, `view` and `conditions`.
     """
 
     source: ClassVar[str]  # where the data set is obtained
@@ -59,6 +72,7 @@ class FramedDataset:
     default_size: ClassVar[Size | None]  # None: each frame's own
     default_prompt: ClassVar[str]
     prompts: Prompts
+    space: LabelSpace | None  # of the ids, where there are any
 
     def __init__(
         self,
@@ -96,8 +110,35 @@ class FramedDataset:
         """One frame as a sample; a random window is the same every time, see `sample` for others."""
         return self.sample(index, np.random.default_rng(index))
 
-    def sample(self, index: int, rng: np.random.Generator) -> Any:
-        """One frame as a sample, its window drawn by `rng`."""
+    def __len__(self) -> int:
+        """Number of frames."""
+        raise NotImplementedError
+
+    def sample(self, index: int, rng: np.random.Generator, shown: int | None = None) -> Any:
+        """One frame as a sample, its window drawn by `rng`; around a pixel of train id `shown`, if given."""
+        photo, view = self.view(index, lambda frame, ids: self.window(frame, ids, rng, shown, index))
+        return {"jpg": to_signed(photo), **self.conditions(view, rng)}
+
+    def window(
+        self, frame: Size, ids: Ids | None, rng: np.random.Generator, shown: int | None, index: int
+    ) -> Window:
+        """The window that `rng` draws."""
+        return self.framing.window(frame, rng)
+
+    def key_of(self, index: int) -> str:
+        """Name of a frame."""
+        raise NotImplementedError
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Files that a frame is made of."""
+        raise NotImplementedError
+
+    def view(self, index: int, choose: Choose) -> tuple[Rgb, View]:
+        """Photo (H, W, 3) of one frame, and what else its sample shows, in the window of `choose`."""
+        raise NotImplementedError
+
+    def conditions(self, view: View, rng: np.random.Generator) -> Any:
+        """A sample without its photo; `rng` draws whether it has a prompt."""
         raise NotImplementedError
 
     def still(self, split: str) -> Self:
@@ -115,16 +156,17 @@ class FramedDataset:
         self.prompts = Prompts(self.prompt, words=self.words, captions=captions, seed=self.seed)
         self.prompts.check_keys(keys, where)
 
-    def prompt_of(
-        self, key: str, labels: NDArray[np.integer], space: LabelSpace, rng: np.random.Generator
-    ) -> str:
-        """The prompt of a sample with a map of train ids, or none, as `rng` has it."""
-        return "" if rng.random() < self.drop_prompt else self.prompts.of(key, labels, space)
+    def prompt_of(self, view: View) -> str:
+        """The prompt of what a sample shows."""
+        if CLASSES not in self.prompts.names:
+            return self.prompts.of(view.key)
+        assert self.space is not None
+        assert view.ids is not None
+        return self.prompts.of(view.key, self.space.to_train_ids(view.ids, where=view.key), self.space)
 
-
-def cut_photo(photo: Rgb, window: Window, size: Size) -> NDArray[np.float32]:
-    """The part of a photo that a sample shows: (H, W, 3) in [-1, 1]."""
-    return to_signed(resize_image(window.cut(photo), size))
+    def prompt_or_none(self, view: View, rng: np.random.Generator) -> str:
+        """The prompt of a sample, or none, as `rng` has it."""
+        return "" if rng.random() < self.drop_prompt else self.prompt_of(view)
 
 
 def check_size(size: Size) -> Size:
@@ -157,6 +199,10 @@ def to_signed(image: Rgb) -> NDArray[np.float32]:
 
 def label_sample(file_ids: Ids, size: Size, encoding: HintEncoding, *, txt: str, key: str) -> LabelSample:
     """Hint and label at (H, W) from checked file ids of any size."""
-    ids = resize_labels(file_ids, check_size(size))
+    return shown_labels(resize_labels(file_ids, check_size(size)), encoding, txt=txt, key=key)
+
+
+def shown_labels(ids: Ids, encoding: HintEncoding, *, txt: str, key: str) -> LabelSample:
+    """Hint and label of checked file ids at the size of the sample."""
     label = encoding.space.to_train_ids(ids, where=key).astype(np.int64)
     return {"hint": encoding.encode(ids), "txt": txt, "label": label, "key": key}

@@ -5,6 +5,7 @@ A window is chosen in the pixels of the frame and cut before anything is resized
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -75,6 +76,11 @@ class Framing:
     def window(self, frame: Size, rng: np.random.Generator) -> Window:
         """The window of one sample of a frame (H, W); four draws, whatever the settings."""
         zoom, y, x, mirror = rng.random(4)
+        return self.window_at(frame, (zoom, y, x), mirrored=bool(mirror < self.flip))
+
+    def window_at(self, frame: Size, draws: Sequence[float], *, mirrored: bool) -> Window:
+        """The window of a frame (H, W) for three draws in 0..1: of the zoom, the row and the column."""
+        zoom, y, x = draws
         low, high = self.zoom
         height, width = self.largest(frame, zoom=low * (high / low) ** zoom)
         if self.crop != "random":
@@ -83,7 +89,7 @@ class Framing:
             int(place * (limit - side + 1))
             for place, limit, side in zip((y, x), frame, (height, width), strict=True)
         )
-        return Window(frame, top, left, height, width, mirrored=bool(mirror < self.flip))
+        return Window(frame, top, left, height, width, mirrored)
 
     def moved(self, window: Window, pixel: Size, rng: np.random.Generator) -> Window:
         """A random window, moved to where it shows a pixel (row, column) of the frame; others stay."""
@@ -103,6 +109,48 @@ class Framing:
         scale = min(whole / side for whole, side in zip(frame, shape, strict=True)) / zoom
         height, width = (max(1, min(w, round(s * scale))) for w, s in zip(frame, shape, strict=True))
         return height, width
+
+
+@dataclass(frozen=True)
+class Views:
+    """The windows of each frame that a cache keeps, numbered from 0.
+
+    crops  windows of a frame with random crops, drawn once for all by (seed, frame); others have one
+    """
+
+    framing: Framing
+    crops: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crops < 1:
+            raise ValueError(f"expected 1 or more crops of a frame to keep, found {self.crops}")
+        if self.crops > 1 and self.framing.crop != "random":
+            raise ValueError(
+                f"expected one crop of a frame to keep, as crop {self.framing.crop!r} has, found {self.crops}"
+            )
+
+    def __len__(self) -> int:
+        """Views of a frame."""
+        return self.crops * len(self.sides)
+
+    @property
+    def sides(self) -> tuple[bool, ...]:
+        """Whether mirrored: the sides that samples show."""
+        return tuple(
+            side for side, shown in ((False, self.framing.flip < 1), (True, self.framing.flip > 0)) if shown
+        )
+
+    def window(self, frame: Size, index: int, view: int) -> Window:
+        """The window of view number `view` of frame number `index`."""
+        crop, side = divmod(view, len(self.sides))
+        draws = np.random.default_rng([self.seed, 2, index, crop]).random(3)
+        return self.framing.window_at(frame, draws.tolist(), mirrored=self.sides[side])
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The view of one sample; four draws as for `Framing.window`, so both mirror the same samples."""
+        crop, _, _, mirror = rng.random(4)
+        return int(crop * self.crops) * len(self.sides) + self.sides.index(bool(mirror < self.framing.flip))
 
 
 def _edges(start: int, length: int, whole: int, size: int) -> tuple[int, int]:

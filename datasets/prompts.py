@@ -64,14 +64,16 @@ class Prompts:
                     f"{where}: expected a caption for {lost[0]}, found none ({len(lost)} in all)"
                 )
 
-    def of(self, key: str, labels: NDArray[np.integer], space: LabelSpace) -> str:
-        """The prompt of a frame with a map (H, W) of train ids."""
+    def of(self, key: str, labels: NDArray[np.integer] | None = None, space: LabelSpace | None = None) -> str:
+        """The prompt of a frame; {classes} needs its map (H, W) of train ids."""
         rng = np.random.default_rng([self.seed, *hashlib.sha256(key.encode()).digest()])
         drawn = sorted(set(self.names) & set(self.words))
         filled = {name: str(rng.choice(list(self.words[name]))) for name in drawn}
         if CAPTION in self.names:
             filled[CAPTION] = (self.captions or {}).get(key, "")
         if CLASSES in self.names:
+            assert labels is not None
+            assert space is not None
             filled[CLASSES] = ", ".join(classes_shown(labels, space))
         return self.sentence.format(**filled)
 

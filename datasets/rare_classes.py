@@ -111,10 +111,11 @@ class RareClassFrames:
         dataset: SegmentationDataset,
         statistics: ClassStatistics,
         *,
+        frames: Any = None,
         temperature: float = TEMPERATURE,
         least_pixels: int = LEAST_PIXELS,
     ) -> None:
-        self.dataset = dataset
+        self.source = dataset if frames is None else frames  # the same frames, perhaps from a cache
         counts = counts_by_key(statistics)
         if lost := [pair.key for pair in dataset.pairs if pair.key not in counts]:
             raise ValueError(
@@ -133,12 +134,12 @@ class RareClassFrames:
 
     def __len__(self) -> int:
         """Number of frames."""
-        return len(self.dataset)
+        return len(self.source)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """A window that shows a class, which `rng` draws; the order of frames (`index`) plays no part."""
         train_id = int(rng.choice(len(self.chances), p=self.chances))
-        return self.dataset.sample(int(rng.choice(self.frames[train_id])), rng, shown=train_id)
+        return self.source.sample(int(rng.choice(self.frames[train_id])), rng, shown=train_id)
 
 
 def counts_by_key(statistics: ClassStatistics) -> dict[str, NDArray[np.int64]]:

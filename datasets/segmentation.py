@@ -15,17 +15,20 @@ import numpy as np
 
 from datasets.base import (
     CAPTIONS,
+    Choose,
     FramedDataset,
     LabelSample,
     Sample,
-    cut_photo,
+    View,
     label_sample,
     resize_image,
+    shown_labels,
     to_signed,
 )
 from datasets.files import read_image, read_labels
+from datasets.framing import Window
 from datasets.hint_encoding import HintEncoding, hint_encoding
-from datasets.label_space import Ids, LabelSpace, RawIds, Size
+from datasets.label_space import Ids, LabelSpace, RawIds, Rgb, Size, resize_labels
 from datasets.prompts import Prompts, read_captions
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class SegmentationDataset(FramedDataset):
     layout: ClassVar[str]  # the files that belong to a split, for errors
     default_size: ClassVar[Size]
     size: Size
+    space: LabelSpace
 
     def __init__(
         self,
@@ -83,26 +87,50 @@ class SegmentationDataset(FramedDataset):
         """Number of pairs."""
         return len(self.pairs)
 
-    def sample(self, index: int, rng: np.random.Generator, shown: int | None = None) -> Sample:
-        """One pair as a sample, its window drawn by `rng`; around a pixel of train id `shown`, if given."""
+    def key_of(self, index: int) -> str:
+        """Stem of a pair."""
+        return self.pairs[index].key
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Photo and label map."""
+        return self.pairs[index].image, self.labels_of(self.pairs[index])
+
+    def view(self, index: int, choose: Choose) -> tuple[Rgb, View]:
+        """Photo and file ids of one pair in the window of `choose`."""
         pair = self.pairs[index]
         photo, ids = read_image(pair.image), self.read_file_ids(pair.labels, self.encoding)
         frame = (photo.shape[0], photo.shape[1])
         check_same_frame(frame, pair.image, ids.shape, pair.labels)
-        window = self.framing.window(frame, rng)
-        if shown is not None:
-            places = np.argwhere(self.space.to_train_ids(ids, where=pair.key) == shown)
-            if not len(places):
-                raise ValueError(
-                    f"{pair.labels}: expected train id {shown}, as the class statistics say, found none; the"
-                    " statistics are of other maps: remove their files from the data root"
-                )
-            y, x = (int(place) for place in places[rng.integers(len(places))])
-            pixel = (y * frame[0] // ids.shape[0], x * frame[1] // ids.shape[1])
-            window = self.framing.moved(window, pixel, rng)
-        labels = label_sample(window.cut(ids), self.size, self.encoding, txt="", key=pair.key)
-        labels["txt"] = self.prompt_of(pair.key, labels["label"], self.space, rng)
-        return {"jpg": cut_photo(photo, window, self.size), **labels}
+        window = choose(frame, ids)
+        shown = resize_labels(window.cut(ids), self.size)
+        return resize_image(window.cut(photo), self.size), View(pair.key, shown)
+
+    def conditions(self, view: View, rng: np.random.Generator) -> LabelSample:
+        """Hint, label and prompt."""
+        assert view.ids is not None
+        return shown_labels(view.ids, self.encoding, txt=self.prompt_or_none(view, rng), key=view.key)
+
+    def window(
+        self, frame: Size, ids: Ids | None, rng: np.random.Generator, shown: int | None, index: int
+    ) -> Window:
+        """The window that `rng` draws; around a pixel of train id `shown`, if given."""
+        window, pair = self.framing.window(frame, rng), self.pairs[index]
+        if shown is None:
+            return window
+        assert ids is not None
+        places = np.argwhere(self.space.to_train_ids(ids, where=pair.key) == shown)
+        if not len(places):
+            raise ValueError(
+                f"{pair.labels}: expected train id {shown}, as the class statistics say, found none; the"
+                " statistics are of other maps: remove their files from the data root"
+            )
+        y, x = (int(place) for place in places[rng.integers(len(places))])
+        pixel = (y * frame[0] // ids.shape[0], x * frame[1] // ids.shape[1])
+        return self.framing.moved(window, pixel, rng)
+
+    def labels_of(self, pair: Pair) -> Path:
+        """The label file that is read for a pair: of label ids, where the encoding needs them."""
+        return self.with_label_ids(pair.labels) if self.encoding.tells_void_apart else pair.labels
 
     def own_options(self) -> dict[str, Any]:
         """The encoding, and the captions where there are any."""

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from datasets.base import ControlSample, FramedDataset, check_size, cut_photo
+from datasets.base import Choose, ControlSample, FramedDataset, View, check_size, resize_image
 from datasets.files import IMAGE_SUFFIXES, read_image, read_labels
-from datasets.label_space import LabelSpace, Size, resize_labels
+from datasets.label_space import LabelSpace, Rgb, Size, resize_labels
 from datasets.segmentation import check_same_frame, files_by_stem
 
 # What a column is called: here, in fill50k, in the lists of diffusers and DGInStyle.
@@ -24,14 +23,7 @@ COLUMNS = {
     "prompt": ("prompt", "text"),
     "label": ("label",),
 }
-NO_LABELS: NDArray[np.int64] = np.zeros((0, 0), np.int64)
 FOLDERS = ("target", "control", "prompt", "label")
-
-
-class TripleSample(ControlSample):
-    """A row; with a label map where the data set has them."""
-
-    label: NotRequired[NDArray[np.int64]]  # (H, W) train ids, 255 = void
 
 
 @dataclass(frozen=True)
@@ -85,26 +77,37 @@ class TriplesDataset(FramedDataset):
         """Number of rows."""
         return len(self.rows)
 
-    def sample(self, index: int, rng: np.random.Generator) -> TripleSample:
-        """One row as a sample, its window drawn by `rng`."""
-        row, key = self.rows[index], self.keys[index]
-        target, control = read_image(row.target), read_image(row.control)
+    def key_of(self, index: int) -> str:
+        """Name of a row."""
+        return self.keys[index]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """Target, control and, if it is read, label map."""
+        row = self.rows[index]
+        labels = () if self.space is None or row.label is None else (row.label,)
+        return row.target, row.control, *labels
+
+    def view(self, index: int, choose: Choose) -> tuple[Rgb, View]:
+        """Target, control and labels of one row in the window of `choose`."""
+        row = self.rows[index]
+        target, control, ids = read_image(row.target), read_image(row.control), None
         frame = (target.shape[0], target.shape[1])
         check_same_frame(frame, row.target, control.shape, row.control)
-        size = self.size or check_size(frame)
-        window = self.framing.window(frame, rng)
-        sample: TripleSample = {
-            "jpg": cut_photo(target, window, size),
-            "hint": resize_labels(window.cut(control), size).astype(np.float32) / np.float32(255),
-            "txt": "",
-            "key": key,
-        }
-        labels, space = NO_LABELS, self.space or LabelSpace.load("cityscapes")  # no labels, so no names
         if self.space is not None and row.label is not None:
-            ids = self.space.to_train_ids(read_labels(row.label), where=str(row.label))
+            ids = self.space.check_file_ids(read_labels(row.label), where=str(row.label))
             check_same_frame(frame, row.target, ids.shape, row.label)
-            labels = sample["label"] = resize_labels(window.cut(ids), size).astype(np.int64)
-        sample["txt"] = self.prompt_of(key, labels, space, rng)
+        window, size = choose(frame, ids), self.size or check_size(frame)
+        shown = None if ids is None else resize_labels(window.cut(ids), size)
+        view = View(self.keys[index], shown, resize_labels(window.cut(control), size))
+        return resize_image(window.cut(target), size), view
+
+    def conditions(self, view: View, rng: np.random.Generator) -> ControlSample:
+        """Hint, prompt and, if there is one, label."""
+        assert view.control is not None
+        hint = view.control.astype(np.float32) / np.float32(255)
+        sample: ControlSample = {"hint": hint, "txt": self.prompt_or_none(view, rng), "key": view.key}
+        if self.space is not None and view.ids is not None:
+            sample["label"] = self.space.to_train_ids(view.ids, where=view.key).astype(np.int64)
         return sample
 
     def own_options(self) -> dict[str, Any]:

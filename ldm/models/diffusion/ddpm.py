@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -85,14 +86,20 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.scale_factor = scale_factor
         self.learning_rate = 1e-5
         self.memory: PosteriorMemory | None = None  # settable; keeps what was encoded, by the batch's `key`
+        self.known_texts: Callable[[Sequence[str]], Tensor] | None = None  # settable; their embeddings
+        self.lend_stages: Callable[[], AbstractContextManager[None]] = nullcontext  # settable; see cldm.shelf
         self.min_snr_gamma = 0.0  # settable; 0 weighs all noise levels alike
         self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
         self.first_stage_model = instantiate_from_config(first_stage_config)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        self.frozen_modules: Sequence[nn.Module] = (self.first_stage_model, self.cond_stage_model)
         for module in self.frozen_modules:
             module.requires_grad_(False).eval()
+
+    @property
+    def frozen_modules(self) -> tuple[nn.Module, nn.Module]:
+        """First stage and text encoder."""
+        return self.first_stage_model, self.cond_stage_model
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Switch the mode of what is trained; first stage and text encoder stay in evaluation mode."""
@@ -134,14 +141,20 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
 
         bs  use the first `bs` samples only
         """
+        z = self.get_first_stage_encoding(self.posterior_of(batch, k, bs)).float()
+        texts = batch[self.cond_stage_key][:bs]
+        known = self.known_texts if self.training else None
+        text = known(texts).to(self.device) if known else self.get_learned_conditioning(texts)
+        return z, {"c_crossattn": [text]}
+
+    def posterior_of(self, batch: Batch, k: str, bs: int | None = None) -> DiagonalGaussianDistribution:
+        """The latent's distribution, not scaled: of the batch's `moments` (B, 2C, h, w), or of its image."""
+        if "moments" in batch:
+            return DiagonalGaussianDistribution(batch["moments"][:bs].to(self.device, torch.float32))
         image = channels_first(batch[k][:bs], self.device)
-        posterior = (
-            self.memory.recall(batch["key"][:bs], image, self.encode_first_stage)
-            if self.memory and self.training
-            else self.encode_first_stage(image)
-        )
-        z = self.get_first_stage_encoding(posterior).to(image.dtype)
-        return z, {"c_crossattn": [self.get_learned_conditioning(batch[self.cond_stage_key][:bs])]}
+        if self.memory and self.training:
+            return self.memory.recall(batch["key"][:bs], image, self.encode_first_stage)
+        return self.encode_first_stage(image)
 
     # -- training ----------------------------------------------------------------------------------------
 
