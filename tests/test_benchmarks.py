@@ -56,6 +56,15 @@ def test_wrong_arguments_are_refused_and_named(script: str, arguments: tuple[str
     assert names in result.stderr.splitlines()[-1]
 
 
+def test_loading_is_compared_on_rendered_frames() -> None:
+    arguments = ("--samples", "2", "--size", "64", "128", "--workers", "1", "--batch", "1", "--steps", "1")
+    result = run_script("benchmarks/load_frames.py", *arguments, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads(result.stdout)
+    assert set(record["ms_per_sample"]) == {"predecessor", "files", "cache"}
+    assert record["frames"] == "streets"
+
+
 def test_sides_take_turns_and_the_first_one_changes(common: ModuleType) -> None:
     calls: list[tuple[str, int]] = []
     sides = {"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}
