@@ -32,7 +32,7 @@ from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
 from datasets import DATASETS
 from datasets.files import read_image
 from datasets.hint_encoding import hint_encoding
-from datasets.hints import HINT_TYPES, find_caption, find_hints, read_hint
+from datasets.hints import HINT_TYPES, find_hints, prompt_of, read_hint
 from datasets.label_space import LabelSpace
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of a hint's first image; the next count up")
     how = parser.add_argument_group("how", "if not given, as the training run sampled, else the default")
     add = how.add_argument
-    add("--prompt", help="by default the caption of the hint's frame, if the data set has captions")
+    add("--prompt", help="may hold {classes} and {caption} (default: as in training, or the caption if any)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: that of the hint)")
     default = SampleConfig()
     for name, text in SAMPLE_FLAGS.items():
@@ -134,14 +134,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     """How to sample: as given, else as the training run of the checkpoint did, else by default.
 
-    Size and encoding are filled in alike; the prompt too, where a hint has no caption of its own.
+    Size, prompt and encoding are filled in alike.
     """
     from cldm.recorded_run import read_recorded_run
 
     run = read_recorded_run(
         args.ckpt, {field.name: getattr(args, field.name) for field in fields(SampleConfig)}
     )
-    args.run_prompt = run.prompt
+    args.prompt = next(text for text in (args.prompt, run.prompt, "{caption}") if text is not None)
+    args.words, args.words_seed = run.words, run.seed
     args.size = tuple(args.size) if args.size else run.size
     args.encoding = args.encoding or run.hint or "colours"
     own = DATASETS[run.dataset].label_space if run.dataset in DATASETS else None
@@ -166,15 +167,15 @@ def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
         "parameterization": args.parameterization,
     }
     settings |= {} if args.encoding == "colours" else {"encoding": args.encoding}
+    space = LabelSpace.load(args.palette)
     root = args.hint if args.hint.is_dir() else args.hint.parent
     taken: dict[Path, Path] = {}
     for hint in find_hints(args.hint, args.hint_type):
         stem = args.out / hint.relative_to(root).with_suffix("")
         if taken.setdefault(stem, hint) != hint:
             raise ValueError(f"{taken[stem]} and {hint} would be written under one name; rename one of them")
-        prompt = next(
-            text for text in (args.prompt, find_caption(hint), args.run_prompt, "") if text is not None
-        )
+        options = {"words": args.words, "seed": args.words_seed, "size": args.size}
+        prompt = prompt_of(hint, args.prompt, kind=args.hint_type, space=space, **options)
         mark = {"hint": hint.name, "hint_fingerprint": fingerprint(hint), "prompt": prompt}
         for seed in range(args.seed, args.seed + args.num):
             target = stem.with_name(f"{stem.name}_seed{seed}.png")

@@ -17,11 +17,13 @@ class RecordedRun(NamedTuple):
     """What a checkpoint says of the run that made it; None where it says nothing."""
 
     size: tuple[int, int] | None
-    prompt: str | None  # none as well if there are names in it to fill in for each frame
+    prompt: str | None  # a sentence, perhaps with names to fill in for each frame
     sample: SampleConfig
     hint: str | None  # the encoding of label maps
     dataset: str | None
     label_space: str | None  # of triples
+    words: dict[str, list[str]]  # of names in the prompt
+    seed: int  # of the draws among them
 
 
 def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) -> RecordedRun:
@@ -43,7 +45,10 @@ def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) 
     check_sample(sample)
     size = OmegaConf.select(run, "data.size")
     prompt = OmegaConf.select(run, "data.prompt")
-    fixed = None if prompt is None or "{" in prompt else str(prompt)
+    words = OmegaConf.to_container(OmegaConf.select(run, "data.words") or OmegaConf.create())
+    if not isinstance(words, dict) or not all(isinstance(some, list) for some in words.values()):
+        raise ValueError(f"{checkpoint}: its run_config: expected data.words as lists by name")
+    seed = int(OmegaConf.select(run, "train.seed") or 0)
     whole = None if size is None else (int(size[0]), int(size[1]))
     data = (OmegaConf.select(run, f"data.{name}") for name in ("hint", "name", "label_space"))
-    return RecordedRun(whole, fixed, sample, *data)
+    return RecordedRun(whole, None if prompt is None else str(prompt), sample, *data, words, seed)

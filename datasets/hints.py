@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from datasets.base import CAPTIONS, check_size
 from datasets.files import IMAGE_SUFFIXES, is_colour_map, read_image, read_labels
 from datasets.hint_encoding import HintEncoding
 from datasets.label_space import Ids, LabelSpace, Size, resize_labels
-from datasets.prompts import read_captions
+from datasets.prompts import CLASSES, Prompts, names_in, read_captions
 
 LABEL_MAPS = ("labelIds", "labelTrainIds", "color")
 FRAME_MAPS = {  # by hint type: which of a frame's maps is taken
@@ -65,10 +65,9 @@ def rank(path: Path, preferred: tuple[str, ...]) -> int:
 
 def find_caption(path: Path) -> str | None:
     """The caption of a map's frame, where a data set above it has them in `captions.json` by stem."""
-    stem = path.stem.partition("_gtFine")[0]
     for folder in list(path.resolve().parents)[:4]:
         if (folder / CAPTIONS).is_file():
-            return captions_of(folder / CAPTIONS).get(stem)
+            return captions_of(folder / CAPTIONS).get(stem_of(path))
     return None
 
 
@@ -111,5 +110,36 @@ def read_hint(path: Path, kind: str, encoding: HintEncoding, size: Size | None) 
             f"{path}: expected label ids, because the hint encoding {encoding.name!r} tells void classes"
             f" apart, found {kind.replace('_', ' ')}"
         )
-    ids = READERS[kind](path, encoding.space)
-    return encoding.encode(resize_labels(ids, check_size(size or ids.shape)))
+    return encoding.encode(read_ids(path, kind, encoding.space, size))
+
+
+def read_ids(path: Path, kind: str, space: LabelSpace, size: Size | None) -> Ids:
+    """File ids (H, W) of a hint that is a label map, at `size` or else at its own."""
+    kind = detect_hint_type(path) if kind == "auto" else kind
+    if kind not in READERS:
+        raise ValueError(f"{path}: expected a label map, found a hint of type {kind}")
+    ids = READERS[kind](path, space)
+    return resize_labels(ids, check_size(size or ids.shape))
+
+
+def prompt_of(
+    path: Path,
+    sentence: str,
+    *,
+    kind: str,
+    space: LabelSpace,
+    size: Size | None,
+    words: Mapping[str, Sequence[str]],
+    seed: int,
+) -> str:
+    """A sentence of `datasets.prompts` for one hint, filled in as for the frame that it belongs to."""
+    stem, train_ids = stem_of(path), None
+    if CLASSES in names_in(sentence):
+        train_ids = space.to_train_ids(read_ids(path, kind, space, size), where=str(path))
+    captions = {stem: find_caption(path) or ""}
+    return Prompts(sentence, words=words, captions=captions, seed=seed).of(stem, train_ids, space)
+
+
+def stem_of(path: Path) -> str:
+    """Key of the frame that a map belongs to."""
+    return path.stem.partition("_gtFine")[0]

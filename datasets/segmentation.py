@@ -33,6 +33,7 @@ from datasets.prompts import Prompts, read_captions
 
 log = logging.getLogger(__name__)
 
+WINDOW_TRIES = 10  # for one that shows a rare class
 SHAPE_TOLERANCE = 0.01  # of height / width, between a photo and its label map
 
 
@@ -113,20 +114,29 @@ class SegmentationDataset(FramedDataset):
     def window(
         self, frame: Size, ids: Ids | None, rng: np.random.Generator, shown: int | None, index: int
     ) -> Window:
-        """The window that `rng` draws; around a pixel of train id `shown`, if given."""
+        """The window that `rng` draws; around a pixel of train id `shown`, if given.
+
+        Where the class is so small that the sample, which is smaller than its window, would miss it, another
+        window is tried, a few times.
+        """
         window, pair = self.framing.window(frame, rng), self.pairs[index]
         if shown is None:
             return window
         assert ids is not None
-        places = np.argwhere(self.space.to_train_ids(ids, where=pair.key) == shown)
+        held = self.space.to_train_ids(ids, where=pair.key) == shown
+        places = np.argwhere(held)
         if not len(places):
             raise ValueError(
                 f"{pair.labels}: expected train id {shown}, as the class statistics say, found none; the"
                 " statistics are of other maps: remove their files from the data root"
             )
-        y, x = (int(place) for place in places[rng.integers(len(places))])
-        pixel = (y * frame[0] // ids.shape[0], x * frame[1] // ids.shape[1])
-        return self.framing.moved(window, pixel, rng)
+        for _ in range(WINDOW_TRIES):
+            y, x = (int(place) for place in places[rng.integers(len(places))])
+            pixel = (y * frame[0] // ids.shape[0], x * frame[1] // ids.shape[1])
+            window = self.framing.moved(window, pixel, rng)
+            if resize_labels(window.cut(held), self.size).any():
+                break
+        return window
 
     def labels_of(self, pair: Pair) -> Path:
         """The label file that is read for a pair: of label ids, where the encoding needs them."""

@@ -32,6 +32,9 @@ FLAGS = {
         *("--port", "--auth", "--listen", "--share"),
     },
     "tool_add_control.py": {"--control", "--config", "--seed"},
+    "tool_check_dataset.py": {
+        *("--dataset", "--root", "--split", "--quick", "--json", "--sheet", "--rows", "--workers"),
+    },
     "tool_demo_page.py": {
         *(
             "--data",
@@ -56,7 +59,7 @@ FLAGS = {
     "tool_train_streets_base.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_judge.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
-    "tutorial_dataset.py": {"--root", "--index", "--make"},
+    "tutorial_dataset.py": {"--root", "--index", "--make", "--dataset", "--out"},
     "tutorial_train.py": {
         *(
             "--dataset",

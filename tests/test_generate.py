@@ -524,6 +524,34 @@ def test_prompt_and_size_are_those_of_the_training_run(
             assert json.loads(image.text["scenecontrol"])["prompt"] == prompt
 
 
+def test_prompts_are_filled_in_as_in_the_training_run(
+    maps: Path, tmp_path: Path, model: ControlLDM, tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = "{caption} with {classes} in {weather}"
+    run_config = {"data": {"prompt": sentence, "words": {"weather": ["rain", "snow"]}}, "train": {"seed": 3}}
+    notes = {
+        "model_config": OmegaConf.to_yaml(OmegaConf.load(tiny_yaml)),
+        "run_config": json.dumps(run_config),
+    }
+    write_tensors(tmp_path / "run.safetensors", model.state_dict(), notes)
+    hint = tmp_path / "tree/ulm_000000_000019_gtFine_labelTrainIds.png"
+    hint.parent.mkdir()
+    ids = np.full((64, 64), 255, np.uint8)
+    ids[:40], ids[60:] = 0, 13
+    Image.fromarray(ids).save(hint)
+    (hint.parent / "captions.json").write_text('{"ulm_000000_000019": "Ulm"}')
+    words = ["--ckpt", str(tmp_path / "run.safetensors"), "--hint", str(hint), "--steps", "1"]
+    script.main([*words, "--out", str(tmp_path / "0")])
+    with Image.open(tmp_path / "0" / f"{hint.stem}_seed0.png") as image:
+        prompt = json.loads(image.text["scenecontrol"])["prompt"]
+    dataset_words = Prompts("{weather}", words=run_config["data"]["words"], seed=3)
+    assert prompt == f"Ulm with road, car in {dataset_words.of('ulm_000000_000019')}"
+    said = refused(capsys, *words, "--out", str(tmp_path / "1"), "--prompt", "a {city}")
+    assert "expected names among caption, classes, weather, found {city}" in said
+    said = refused(capsys, *words, "--out", str(tmp_path / "2"), "--hint_type", "image")
+    assert "expected a label map, found a hint of type image" in said
+
+
 def test_hints_look_as_in_the_training_run(
     maps: Path, tmp_path: Path, model: ControlLDM, tiny_yaml: Path
 ) -> None:

@@ -176,7 +176,7 @@ def test_a_session_takes_size_and_settings_from_the_run(
     assert (recorded.size, recorded.sample) == ((64, 192), SampleConfig(scale=2.5, sampler="dpm++2m"))
     assert recorded.marks["checkpoint"] == "run.safetensors"
     plain = read_recorded_run(tmp_path / "plain.safetensors")
-    assert plain == (None, None, SampleConfig(), None, None, None)
+    assert plain == (None, None, SampleConfig(), None, None, None, {}, 0)
     write_tensors(tmp_path / "other.safetensors", some, {"run_config": "data: {hint: label_colours}"})
     with pytest.raises(ValueError, match=r"expected a control of colour maps.*data\.hint=label_colours"):
         load_session(tmp_path, tmp_path / "other.safetensors")
