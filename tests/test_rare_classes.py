@@ -112,6 +112,21 @@ def test_a_window_shows_the_class_that_was_drawn(tree: Path) -> None:
     np.testing.assert_array_equal(stream[7]["label"], again[7]["label"])
 
 
+def test_a_thin_class_survives_the_resizing_of_its_window(tmp_path: Path) -> None:
+    ids = np.full((512, 512), ROAD, np.uint8)
+    ids[:, 300] = POLE  # every fourth column of a window is seen
+    for kind, suffix, array in (
+        ("leftImg8bit", "", np.zeros((512, 512, 3), np.uint8)),
+        ("gtFine", "_labelIds", ids),
+    ):
+        path = tmp_path / kind / "train" / "ulm" / f"{KEYS[0]}_{kind}{suffix}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(array).save(path)
+    dataset = build(tmp_path, crop="random", zoom=(2.0, 2.0))
+    shown = [5 in dataset.sample(0, np.random.default_rng(n), shown=5)["label"] for n in range(60)]
+    assert np.mean(shown) > 0.8
+
+
 def test_statistics_are_counted_once_and_kept_beside_the_data(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
