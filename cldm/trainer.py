@@ -46,6 +46,7 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
         model = create_model(used, start, config.model.base)
         base, carried = base_of(start, config.model.base)
     model.learning_rate = config.train.lr
+    model.noise_seed = config.train.seed
     model.sd_locked = config.train.sd_locked
     model.memory = PosteriorMemory() if config.train.keep_latents else None
     notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}

@@ -44,7 +44,7 @@ class Stream:
         return self.length
 
     def __getitem__(self, number: int) -> Mapping[str, object]:
-        """Sample `number` of the run."""
+        """Sample `number` of the run, with its `number`."""
         if not 0 <= number < self.length:
             raise IndexError(f"expected a sample number in 0..{self.length - 1}, found {number}")
         turn, place = divmod(number, len(self.frames))
@@ -53,7 +53,7 @@ class Stream:
             index = int(order[(place + attempt) % len(order)])
             rng = np.random.default_rng([self.seed, 1, number, *([attempt] if attempt else [])])
             try:
-                return self.frames.sample(index, rng)
+                return {**self.frames.sample(index, rng), "number": number}
             except (ValueError, OSError) as error:
                 self.note(error)
         raise ValueError("expected at least one frame that can be read, found none")

@@ -33,7 +33,7 @@ def noted(x_start, cond, t, noise):
 model.p_losses = noted
 rng = np.random.default_rng(0)
 frames = rng.random((8, 64, 64, 3), dtype=np.float32)
-data = [{"jpg": 2 * f - 1, "hint": f, "txt": "a", "key": i} for i, f in enumerate(frames)]
+data = [{"jpg": 2 * f - 1, "hint": f, "txt": "a", "key": i, "number": i} for i, f in enumerate(frames)]
 callbacks = [ImageLogger(1, 1, settings=SampleConfig(steps=1)), ControlCheckpoint(1, None)]
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", max_steps=2, callbacks=callbacks, default_root_dir=folder,

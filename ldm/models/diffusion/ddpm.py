@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.models.diffusion.draws import NOISE, POSTERIOR, Draws
 from ldm.models.diffusion.memory import PosteriorMemory
 from ldm.models.diffusion.schedule import NoiseSchedule, make_betas, min_snr_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -88,6 +89,7 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.memory: PosteriorMemory | None = None  # settable; keeps what was encoded, by the batch's `key`
         self.known_texts: Callable[[Sequence[str]], Tensor] | None = None  # settable; their embeddings
         self.lend_stages: Callable[[], AbstractContextManager[None]] = nullcontext  # settable; see cldm.shelf
+        self.noise_seed = 0  # settable; of the draws for samples that have a number
         self.min_snr_gamma = 0.0  # settable; 0 weighs all noise levels alike
         self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
@@ -141,7 +143,9 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
 
         bs  use the first `bs` samples only
         """
-        z = self.get_first_stage_encoding(self.posterior_of(batch, k, bs)).float()
+        posterior = self.posterior_of(batch, k, bs)
+        noise = self.draws_of(batch, bs).normal(POSTERIOR, posterior.mean.shape)
+        z = self.get_first_stage_encoding(posterior.at(noise)).float()
         texts = batch[self.cond_stage_key][:bs]
         known = self.known_texts if self.training else None
         text = known(texts).to(self.device) if known else self.get_learned_conditioning(texts)
@@ -156,18 +160,19 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
             return self.memory.recall(batch["key"][:bs], image, self.encode_first_stage)
         return self.encode_first_stage(image)
 
-    # -- training ----------------------------------------------------------------------------------------
+    def draws_of(self, batch: Batch, bs: int | None = None) -> Draws:
+        """What is random about a batch, by the `number` of each sample where it has them."""
+        numbers = batch["number"][:bs].tolist() if "number" in batch else None
+        return Draws(self.noise_seed, numbers, self.device)
 
-    def on_train_start(self) -> None:
-        """Give each process noise and noise levels of its own; the order of the data has another seed."""
-        if self.global_rank > 0:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+    # -- training ----------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch at random noise levels (Ho et al. 2020, Algorithm 1)."""
         x_start, cond = self.get_input(batch, self.first_stage_key)
-        t = torch.randint(self.num_timesteps, (len(x_start),), device=x_start.device)
-        loss, logs = self.p_losses(x_start, cond, t, torch.randn_like(x_start))
+        draws = self.draws_of(batch)
+        t = draws.levels(len(x_start), self.num_timesteps)
+        loss, logs = self.p_losses(x_start, cond, t, draws.normal(NOISE, x_start.shape))
         self.log_dict(logs, prog_bar=True, batch_size=len(x_start))
         return loss
 

@@ -29,9 +29,12 @@ class DiagonalGaussianDistribution:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw (B, C, h, w) on the device of the parameters."""
-        noise = torch.randn(
-            self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device
+        return self.at(
+            torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         )
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The value (B, C, h, w) that standard normal `noise` of that shape stands for."""
         return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
