@@ -94,7 +94,7 @@ def open_dataset(args: argparse.Namespace) -> Any:
 def write_item(path: Path, item: dict[str, Any], space: Any) -> None:
     """Image, hint, overlay and prompt of a sample side by side."""
     from cldm.pictures import overlay, sheet, write_png
-    from datasets.frame_pictures import paint_with_void, words
+    from datasets.check.frame_pictures import paint_with_void, words
 
     photo: NDArray[np.uint8] = ((item["jpg"] + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     if "label" in item and space is not None:

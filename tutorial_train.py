@@ -44,7 +44,7 @@ FLAGS = {
 # Keys of `data` that are the run's own.
 NOT_OF_DATASETS = (
     *("name", "val_split", "num_workers", "rare_classes", "rare_temperature", "rare_pixels"),
-    *("cache", "cache_crops", "cache_precision"),
+    *("check", "cache", "cache_crops", "cache_precision"),
 )
 OTHER_SUFFIX = {".safetensors": ".ckpt", ".ckpt": ".safetensors"}
 OBTAIN_WEIGHTS = """\
@@ -168,6 +168,8 @@ def train(config: DictConfig) -> None:
     try:
         Path(config.train.default_root_dir).mkdir(parents=True, exist_ok=True)
         dataset = create_dataset(config.data.name, **dataset_options(config))
+        if config.data.check:
+            check_soundness(config, dataset)
         for name in ("size", "prompt"):  # recorded in checkpoints, so that sampling knows them
             if config.data[name] is None:
                 config.data[name] = getattr(dataset, name, None)
@@ -181,7 +183,7 @@ def train(config: DictConfig) -> None:
     except (ValueError, OSError) as error:
         refuse(str(error))
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
-    log.info("%d samples of %s, %d trained parameters", len(dataset), dataset.root, trained)
+    log.info("%d samples of %s, %d trained parameters", len(dataset), config.data.name, trained)
     trainer.fit(model, loader)
 
 
@@ -190,6 +192,21 @@ def dataset_options(config: DictConfig) -> dict[str, Any]:
     given, own = vars(OmegaConf.to_object(config).data), vars(DataConfig())
     options = {name: given[name] for name in own if name not in NOT_OF_DATASETS and given[name] != own[name]}
     return options | ({"seed": config.train.seed} if options.get("words") else {})
+
+
+def check_soundness(config: DictConfig, dataset: Any) -> None:
+    """Look at a handful of frames; say what is odd, and refuse what would ruin the training."""
+    from datasets.check import quick_check
+
+    report = quick_check(dataset)
+    if report.findings:
+        log.warning("%s", report.findings_text())
+    if not report.may_train:
+        command = f"python tool_check_dataset.py --dataset {config.data.name} --root {dataset.root}"
+        raise ValueError(
+            f"{report.of('error')[0].message.rstrip('.')}. {report.verdict()}; all that is wrong: {command};"
+            " data.check=false trains all the same"
+        )
 
 
 def check_channels(config: DictConfig, dataset: Any, expected: int) -> None:

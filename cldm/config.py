@@ -74,6 +74,7 @@ class DataConfig:
     rare_classes: bool = False  # draw frames and windows by class, rare ones more often
     rare_temperature: float = 0.01  # the lower, the more often
     rare_pixels: int = 3000  # of a class in a frame that is drawn for it, at the least
+    check: bool = True  # look at some frames before the first step, and refuse what would ruin a training
     cache: str | None = None  # folder for what the frozen networks make of the data, made if it is not there
     cache_crops: int = 1  # windows of each frame that it keeps, with random crops
     cache_precision: str = "32"  # 16 halves it; one of CACHE_PRECISIONS

@@ -86,7 +86,7 @@ class JudgeNetwork(nn.Module):
         self.recognise = nn.Linear(arch.features, arch.conditions)
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1], sides in multiples of `arch.step` -> maps of each stage and the joined one."""
+        """(B, 3, H, W) in [-1, 1], sides as for `forward` -> maps of the stages, and of all together."""
         stages = self.encoder(x, output_hidden_states=True).hidden_states
         size = stages[0].shape[-2:]
         joined = self.lateral[0](stages[0])

@@ -39,7 +39,7 @@ def tree(tmp_path: Path) -> Path:
     for split, count in (("train", FRAMES), ("val", 2)):
         for i in range(count):
             blocks = rng.integers(0, len(IDS), (4, 8)).repeat(16, axis=0).repeat(16, axis=1)
-            photo = rng.integers(0, 256, (64, 128, 3), np.uint8)
+            photo = (60 * blocks[..., None] + rng.integers(0, 40, (64, 128, 3))).astype(np.uint8)
             for folder, kind, array in (("leftImg8bit", "", photo), ("gtFine", "_labelIds", IDS[blocks])):
                 path = root / folder / split / "ulm" / f"ulm_{i:06d}_000019_{folder}{kind}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
