@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cldm.config import load_run_config
     from datasets.check import check_dataset, open_source, options_among
 
-    logging.getLogger("datasets").setLevel(logging.ERROR)  # what data sets warn of is in the report
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what data sets warn of is in the report
     try:
         find_entry(args.dataset)
         settings = load_run_config(args.dataset, None, args.overrides).data
@@ -77,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_sheet(args.sheet, open_source(args.dataset, root, options), report, args.rows)
     except (ValueError, OSError) as error:
         refuse(str(error))
+    finally:
+        logger.setLevel(level)
     sys.exit(0 if report.may_train else 1)
 
 

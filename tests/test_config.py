@@ -272,10 +272,7 @@ def test_generate_samples_as_given_else_as_the_run_did_else_by_default(tmp_path:
     args = parse_args(["--ckpt", str(path), "--hint", __file__, "--out", "out", "--steps", "3"])
     expected = SampleConfig(steps=3, scale=2.5, guess_mode=True) if is_run else SampleConfig(steps=3)
     assert fill_from_run(args) == expected
-    assert (args.prompt, args.run_prompt, args.size) == (
-        None,
-        *(("a road", (64, 128)) if is_run else (None, None)),
-    )
+    assert (args.prompt, args.size) == (("a road", (64, 128)) if is_run else ("{caption}", None))
     words = ["--prompt", "", "--size", "64", "64", "--scale", "1", "--no-guess_mode"]
     args = parse_args(["--ckpt", str(path), "--hint", __file__, "--out", "out", *words])
     settings = fill_from_run(args)
