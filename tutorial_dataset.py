@@ -92,15 +92,15 @@ def open_dataset(args: argparse.Namespace) -> Any:
 
 
 def write_item(path: Path, item: dict[str, Any], space: Any) -> None:
-    """Image, hint, overlay and prompt of a sample side by side."""
+    """Image, hint as the network sees it (a map, where it is no picture), overlay and prompt side by side."""
     from cldm.pictures import overlay, sheet, write_png
     from datasets.check.frame_pictures import paint_with_void, words
 
     photo: NDArray[np.uint8] = ((item["jpg"] + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-    if "label" in item and space is not None:
-        hint = paint_with_void(space, item["label"].astype(np.uint8))
-    else:
+    if item["hint"].shape[2] == 3:
         hint = (item["hint"] * 255).round().astype(np.uint8)
+    else:
+        hint = paint_with_void(space, item["label"].astype(np.uint8))
     text = words([item["key"], item["txt"] or "(no prompt)"], photo.shape[:2])
     write_png(path, sheet([(photo, hint, overlay(photo, hint), text)]))
 

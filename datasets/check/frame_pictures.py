@@ -88,14 +88,12 @@ def paint_with_void(space: LabelSpace, train_ids: Ids) -> Rgb:
 
 
 def words(lines: Sequence[str], size: Size) -> Rgb:
-    """Lines of text on white, broken to the width; what does not fit is cut off."""
+    """Lines of text on white, as large as suits the height; what does not fit is cut off."""
     height, width = size
-    image = Image.new("RGB", (width, height), "white")
-    text = "\n".join(
-        part for line in lines for part in textwrap.wrap(line, width // (FONT_SIZE // 2 + 1)) or [""]
-    )
+    image, font = Image.new("RGB", (width, height), "white"), max(FONT_SIZE, FONT_SIZE * height // HEIGHT)
+    text = "\n".join(part for line in lines for part in textwrap.wrap(line, width // (font // 2 + 1)) or [""])
     ImageDraw.Draw(image).multiline_text(
-        (6, 4), text, "black", font=ImageFont.load_default(FONT_SIZE), spacing=3
+        (font // 2, font // 3), text, "black", font=ImageFont.load_default(font), spacing=font // 4
     )
     return np.array(image)
 
