@@ -37,6 +37,7 @@ FLAGS = {
     "gpus": "train.gpus",
     "logger_freq": "train.logger_freq",
     "max_steps": "train.max_steps",
+    "resume": "train.resume",
     "resume_path": "model.checkpoint",
     "sd_locked": "train.sd_locked",
 }
@@ -75,7 +76,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--logger_freq", type=int, help="optimizer steps between two sample grids")
     parser.add_argument("--max_steps", type=int, help="optimizer steps")
-    parser.add_argument("--resume_path", help="weights to start from (no optimizer state); 'random' for none")
+    parser.add_argument("--resume", help="a state (*.state.safetensors) to go on from bit by bit, or 'last'")
+    parser.add_argument(
+        "--resume_path", help="weights alone to start anew from, without optimizer and counters; or 'random'"
+    )
     parser.add_argument(
         "--sd_locked", action=argparse.BooleanOptionalAction, help="keep the UNet's decoder frozen"
     )
@@ -179,12 +183,37 @@ def train(config: DictConfig) -> None:
         frames = cached_frames(config, dataset, model) if config.data.cache else dataset
         stream = Stream(drawn_by_class(config, dataset, frames), config.train.seed, count_samples(config))
         loader = build_loader(config, stream)
-        trainer = build_trainer(config, build_callbacks(config, grid_samples(config, dataset), saver))
+        notes = saver.state_notes()
+        state = state_to_resume(config, notes.get("base_fingerprint"))
+        callbacks = build_callbacks(config, grid_samples(config, dataset), saver)
+        trainer = build_trainer(config, callbacks, notes, folder_of(state, config))
     except (ValueError, OSError) as error:
         refuse(str(error))
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     log.info("%d samples of %s, %d trained parameters", len(dataset), config.data.name, trained)
-    trainer.fit(model, loader)
+    trainer.fit(model, loader, ckpt_path=state, weights_only=True)
+    if saver.signal is not None:
+        sys.exit(128 + saver.signal)
+
+
+def folder_of(state: Path | None, config: DictConfig) -> str | None:
+    """The version folder of a state, in which its run goes on; None for a state from elsewhere."""
+    runs = Path(config.train.default_root_dir).resolve() / "lightning_logs"
+    if state is None or state.resolve().parents[2] != runs:
+        return None
+    return state.parents[1].name
+
+
+def state_to_resume(config: DictConfig, base: str | None) -> Path | None:
+    """The state that --resume names, if it is of a run with these settings."""
+    from cldm.run_state import check_same_run, find_state
+
+    if config.train.resume is None:
+        return None
+    state = find_state(config.train.resume, config.train.default_root_dir)
+    check_same_run(state, config, base)
+    log.info("going on from %s", state)
+    return state
 
 
 def dataset_options(config: DictConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 PROJECT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-CACHE_PRECISIONS = ("32", "16")
+FILE_PRECISIONS = ("32", "16")
 SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
 MAX_STEPS = 1000
 AT_LEAST = {
@@ -34,6 +34,7 @@ AT_LEAST = {
     "train.val_freq": 0,
     "train.val_samples": 2,
     "train.checkpoint_freq": 1,
+    "train.keep_last": 1,
     "train.clip": 0,
     "train.seed": 0,
 }
@@ -77,7 +78,7 @@ class DataConfig:
     check: bool = True  # look at some frames before the first step, and refuse what would ruin a training
     cache: str | None = None  # folder for what the frozen networks make of the data, made if it is not there
     cache_crops: int = 1  # windows of each frame that it keeps, with random crops
-    cache_precision: str = "32"  # 16 halves it; one of CACHE_PRECISIONS
+    cache_precision: str = "32"  # 16 halves it; one of FILE_PRECISIONS
     num_workers: int = 4  # loader processes
 
 
@@ -101,8 +102,12 @@ class TrainConfig:
     grid_images: int = 4  # rows of a logged grid
     val_freq: int = 1000  # optimizer steps between two measurements on the validation split; 0 makes none
     val_samples: int = 16  # of a measurement, which costs 8 forward passes of each
+    resume: str | None = None  # a state to go on from, bit by bit; "last" is the newest of default_root_dir
     dry_run: bool = False  # one real step and its grid, a report, no checkpoint
     checkpoint_freq: int = 5000  # optimizer steps between two checkpoints; one is written at the end as well
+    checkpoint_precision: str = "16"  # of the weights in them, 32 or 16; the state to go on from is exact
+    keep_last: int | None = None  # checkpoints that are kept beside the best one; null keeps all
+    save_full: bool = False  # checkpoints hold the frozen weights, too
 
 
 @dataclass
@@ -180,12 +185,15 @@ def check_run(config: DictConfig) -> None:
     size = config.data.size
     if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
         raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")
-    if config.data.cache_precision not in CACHE_PRECISIONS:
-        names, found = ", ".join(CACHE_PRECISIONS), config.data.cache_precision
+    if config.data.cache_precision not in FILE_PRECISIONS:
+        names, found = ", ".join(FILE_PRECISIONS), config.data.cache_precision
         raise ValueError(f"expected data.cache_precision to be one of {names}, found {found!r}")
     if config.train.precision not in TRAINING_PRECISIONS:
         names = ", ".join(TRAINING_PRECISIONS)
         raise ValueError(f"expected train.precision to be one of {names}, found {config.train.precision!r}")
+    if config.train.checkpoint_precision not in FILE_PRECISIONS:
+        names, found = ", ".join(FILE_PRECISIONS), config.train.checkpoint_precision
+        raise ValueError(f"expected train.checkpoint_precision to be one of {names}, found {found!r}")
     check_sample(config.sample)
 
 

@@ -61,13 +61,22 @@ class ImageLogger(pl.Callback):
         """Fix the folder: asking Lightning for it is a collective, so every rank does it here."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "image_log"
 
+    def state_dict(self) -> dict[str, Any]:
+        """The last step with a grid."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as before."""
+        self.last_step = state_dict["last_step"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the samples and show what the untrained model makes of them."""
         if self.samples is None:
             dataset = trainer.train_dataloader.dataset
             self.samples = [dataset[i] for i in range(min(self.max_images, len(dataset)))]
         self.samples = self.samples[: self.max_images]
-        self.log_grid(trainer, pl_module)
+        if trainer.global_step == 0:
+            self.log_grid(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Log when a multiple of `batch_frequency` optimizer steps is reached."""
@@ -75,8 +84,9 @@ class ImageLogger(pl.Callback):
             self.log_grid(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the result."""
-        self.log_grid(trainer, pl_module)
+        """Log the result, but not that of a run which was told to stop and will go on."""
+        if not trainer.should_stop:
+            self.log_grid(trainer, pl_module)
 
     @rank_zero_only
     def log_grid(self, trainer: pl.Trainer, model: ControlLDM) -> None:

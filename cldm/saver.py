@@ -1,8 +1,8 @@
 """What a run leaves on disk: weights to use, and a state to go on from.
 
-    checkpoints/step=NNNNNN.safetensors     what was trained and no more; `generate.py` reads it
-    checkpoints/best.safetensors            the same, from the lowest loss on the validation samples
-    state/step=NNNNNN.state.safetensors     that with optimizer and counters, for --resume
+checkpoints/step=NNNNNN.safetensors     what was trained and no more; `generate.py` reads it
+checkpoints/best.safetensors            the same, from the lowest loss on the validation samples
+state/step=NNNNNN.state.safetensors     that with optimizer and counters, for --resume
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from cldm.checkpoint import SCHEDULE_KEYS, with_position_ids
 from cldm.cldm import ControlLDM
-from cldm.run_state import SUFFIX
+from cldm.digests import fingerprint
+from cldm.run_state import FOLDER, SUFFIX
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes
@@ -39,9 +40,9 @@ DTYPES = {"32": torch.float32, "16": torch.float16}
 class ControlCheckpoint(pl.Callback):
     """Saves every `every` optimizer steps, at the end, on errors and on signals.
 
-    Weights are the control branch, and the UNet's decoder if that was trained; the file names its base by path
-    and hash. Without a base (random weights) it holds everything. A signal lets the optimizer step be finished,
-    then the run is saved and stops; a second one ends it at once.
+    Weights are the control branch, and the UNet's decoder if that was trained; the file names its base by
+    path and hash. Without a base (random weights) it holds everything. A signal lets the optimizer step be
+    finished, then the run is saved and stops; a second one ends it at once.
 
     base       file that holds the frozen tensors
     carried    names of tensors that differ from the base although this run does not train them
@@ -72,13 +73,16 @@ class ControlCheckpoint(pl.Callback):
         self.batches = 0  # behind the last optimizer step
         self.best_loss = math.inf
         self.signal: int | None = None
+        self.handlers: dict[int, Any] = {}  # that were there before
 
     # -- when to save ------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fix the folder: asking Lightning for it is a collective, so every rank does it here."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
-        self.handlers = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals; Lightning has taken SIGTERM before, and would stop in the middle of a step."""
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
             self.handlers = {number: signal.signal(number, self.receive) for number in numbers}
@@ -132,9 +136,9 @@ class ControlCheckpoint(pl.Callback):
         if step == self.last_step:
             return
         self.last_step = step
-        (self.folder / "state").mkdir(parents=True, exist_ok=True)
+        (self.folder / FOLDER).mkdir(parents=True, exist_ok=True)
         self.write_weights(model, step)
-        trainer.save_checkpoint(self.folder / "state" / f"step={step:06d}{SUFFIX}")
+        trainer.save_checkpoint(self.folder / FOLDER / f"step={step:06d}{SUFFIX}")
         self.prune()
 
     @rank_zero_only
@@ -153,10 +157,16 @@ class ControlCheckpoint(pl.Callback):
             notes |= base_notes(self.base, beside=path.parent)
         write_tensors(path, self.tensors(model), notes)
 
+    def state_notes(self) -> dict[str, str]:
+        """Metadata of the states: settings, and the base that the frozen weights come from."""
+        if self.base is None:
+            return self.notes
+        return {**self.notes, "base_fingerprint": fingerprint(self.base)}
+
     @rank_zero_only
     def prune(self) -> None:
         """Remove all but the last files of each kind."""
-        for folder, suffix, kept in (("state", SUFFIX, KEPT_STATES), ("checkpoints", "", self.keep_last)):
+        for folder, suffix, kept in ((FOLDER, SUFFIX, KEPT_STATES), ("checkpoints", "", self.keep_last)):
             files = sorted((self.folder / folder).glob(f"step=*{suffix or '.safetensors'}"), key=step_of)
             for path in files[:-kept] if kept else []:
                 path.unlink()
@@ -202,7 +212,7 @@ class ControlCheckpoint(pl.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counter in ("total", "current"):
             progress[counter] |= {**done, "completed": self.batches - 1}  # as while the last batch ends
-        checkpoint["loops"]["fit_loop"]["combined_loader"] = [{"batches": self.batches}]
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": self.batches}]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -212,8 +222,8 @@ class ControlCheckpoint(pl.Callback):
         if expected != found:
             name = sorted(expected ^ found)[0]
             raise CheckpointError(
-                f"expected the state of a run that trains {len(expected)} tensors, found {len(found)}; {name} is"
-                f" {'missing' if name in expected else 'not trained now'}"
+                f"expected the state of a run that trains {len(expected)} tensors, found {len(found)}; {name}"
+                f" is {'missing' if name in expected else 'not trained now'}"
             )
         self.last_step = self.seen_step = checkpoint["global_step"]
 

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,6 +21,7 @@ from cldm.config import RANDOM
 from cldm.logger import ImageLogger, Samples
 from cldm.model import create_model, fast_precision, find_device, load_model_config, with_choices
 from cldm.progress import StepProgressBar, duration
+from cldm.run_state import StateFiles
 from cldm.saver import ControlCheckpoint
 from cldm.validation import LossCurve, Validation
 from cldm.weights import base_of
@@ -49,8 +50,11 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
     model.noise_seed = config.train.seed
     model.sd_locked = config.train.sd_locked
     model.memory = PosteriorMemory() if config.train.keep_latents else None
+    model.strict_loading = False  # the state of a run lacks what is frozen; ControlCheckpoint checks the rest
     notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
-    return model, ControlCheckpoint(config.train.checkpoint_freq, base, carried, notes)
+    train = config.train
+    options = {"precision": train.checkpoint_precision, "keep_last": train.keep_last, "full": train.save_full}
+    return model, ControlCheckpoint(train.checkpoint_freq, base, carried, notes, **options)
 
 
 def count_samples(config: DictConfig) -> int:
@@ -61,15 +65,18 @@ def count_samples(config: DictConfig) -> int:
 
 
 class RankShare(Sampler[int]):
-    """The sample numbers of a rank, dealt out in turn among the ranks that there are when it begins."""
+    """The sample numbers of a rank, dealt out in turn among the ranks that there are when it begins.
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    start  samples of all ranks that are done already
+    """
+
+    def __init__(self, total: int, start: int = 0) -> None:
+        self.total, self.start = total, start
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this rank."""
         rank, ranks = ranks_now()
-        return iter(range(rank, self.total, ranks))
+        return iter(range(self.start + rank, self.total, ranks))
 
     def __len__(self) -> int:
         """How many there are."""
@@ -83,9 +90,26 @@ def ranks_now() -> tuple[int, int]:
     return 0, 1
 
 
+class RunLoader(DataLoader):
+    """Batches of the samples of a run; Lightning has it begin where a resumed run stopped.
+
+    Its length stays that of the whole run, as Lightning counts from the beginning.
+    """
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: `ControlCheckpoint` knows better how many batches are behind the last optimizer step."""
+        return {"batches": 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin behind as many batches of each rank."""
+        assert isinstance(self.sampler, RankShare)
+        assert self.batch_size is not None
+        self.sampler.start = state["batches"] * self.batch_size * ranks_now()[1]
+
+
 def build_loader(config: DictConfig, stream: Dataset) -> DataLoader:
     """Batches of the samples of a run, in their order."""
-    return DataLoader(
+    return RunLoader(
         stream,
         sampler=RankShare(len(stream)),
         batch_size=config.train.batch_size,
@@ -123,8 +147,14 @@ def build_validation(config: DictConfig, samples: Samples) -> list[pl.Callback]:
     return []
 
 
-def build_trainer(config: DictConfig, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    """Lightning's loop over optimizer steps."""
+def build_trainer(
+    config: DictConfig, callbacks: Sequence[pl.Callback], notes: Mapping[str, str], version: str | None = None
+) -> pl.Trainer:
+    """Lightning's loop over optimizer steps.
+
+    notes    metadata of the states that it saves
+    version  folder of logs to go on with
+    """
     quiet_lightning()
     gpus = list(config.train.gpus or ())
     device = find_device("auto")
@@ -142,7 +172,8 @@ def build_trainer(config: DictConfig, callbacks: Sequence[pl.Callback]) -> pl.Tr
         gradient_clip_val=config.train.clip,
         callbacks=list(callbacks),
         use_distributed_sampler=False,  # Lightning's would shuffle the samples of all passes
-        logger=TensorBoardLogger(config.train.default_root_dir),
+        logger=TensorBoardLogger(config.train.default_root_dir, version=version),
+        plugins=[StateFiles(notes)],
         default_root_dir=config.train.default_root_dir,
         log_every_n_steps=10,
         enable_checkpointing=False,  # ControlCheckpoint writes them

@@ -83,15 +83,26 @@ class Validation(pl.Callback):
         """Fix the file: asking Lightning for its folder is a collective, so every rank does it here."""
         self.path = Path(trainer.log_dir or trainer.default_root_dir) / VALIDATION
 
+    def state_dict(self) -> dict[str, Any]:
+        """Since when hints are followed, and the last measured step."""
+        return {name: getattr(self, name) for name in ("clear_since", "follows_since", "last_step")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as before."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Encode the samples, keep no photo, and measure the untrained model."""
+        forget_after(self.path, trainer.global_step)
         hints = np.stack([np.asarray(sample["hint"]) for sample in self.samples])
         self.hints = torch.from_numpy(hints)
         with evaluating(trainer, pl_module):
             self.batches = list(fixed_batches(pl_module, self.samples, self.batch_size, self.seed))
         self.samples = ()
-        self.measure(trainer, pl_module)
+        if trainer.global_step == 0:
+            self.measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Measure when a multiple of `every` optimizer steps is reached."""
@@ -99,8 +110,9 @@ class Validation(pl.Callback):
             self.measure(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the result."""
-        self.measure(trainer, pl_module)
+        """Measure the result, but not that of a run which was told to stop and will go on."""
+        if not trainer.should_stop:
+            self.measure(trainer, pl_module)
 
     @rank_zero_only
     def measure(self, trainer: pl.Trainer, model: ControlLDM) -> None:
@@ -112,6 +124,7 @@ class Validation(pl.Callback):
         with evaluating(trainer, model):
             right, shuffled = self.losses(model)
         found = summary(right, shuffled)
+        model.validation_loss = step, found["loss_simple"]
         found["news"] = self.decide(step, found)
         found["follows_since"] = self.follows_since
         found["bands"] = band_losses(right, shuffled, model.num_timesteps)
@@ -162,6 +175,19 @@ class LossCurve(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fix the file: asking Lightning for its folder is a collective, so every rank does it here."""
         self.path = Path(trainer.log_dir or trainer.default_root_dir) / TRAINING
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the file of a resumed run."""
+        forget_after(self.path, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Losses that no line has yet."""
+        return {"last_step": self.last_step, "losses": [loss.item() for loss in self.losses]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as before."""
+        self.last_step, self.losses = state_dict["last_step"], list(map(torch.tensor, state_dict["losses"]))
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -234,6 +260,18 @@ def band_losses(right: Tensor, shuffled: Tensor, num_timesteps: int) -> list[dic
         {"first": edges[i], "last": edges[i + 1] - 1, "loss_simple": a, "loss_shuffled_hint": b}
         for i, (a, b) in enumerate(means)
     ]
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Remove lines of later steps than `step`, which a run wrote that stopped before it could save them."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

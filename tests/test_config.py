@@ -24,6 +24,7 @@ SCRIPT_FLAGS = [
     ("gpus", ["--gpus", "0", "1"], "train.gpus", [0, 1]),
     ("logger_freq", ["--logger_freq", "17"], "train.logger_freq", 17),
     ("max_steps", ["--max_steps", "23"], "train.max_steps", 23),
+    ("resume", ["--resume", "last"], "train.resume", "last"),
     ("resume_path", ["--resume_path", "else.pth"], "model.checkpoint", "else.pth"),
     ("dry_run", ["--dry_run"], "train.dry_run", True),
     ("sd_locked", ["--no-sd_locked"], "train.sd_locked", False),

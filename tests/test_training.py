@@ -117,7 +117,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tree: Path, start: Path, ti
     content = {
         "model": {"config": str(tiny_yaml), "checkpoint": str(start)},
         "data": {"root": str(tree), "size": [64, 128], "prompt": "a wet street", "num_workers": 0},
-        "train": {"batch_size": 2, "lr": 1.0e-3, "max_steps": 2, "logger_freq": 1000},
+        "train": {"batch_size": 2, "lr": 1.0e-3, "max_steps": 2, "logger_freq": 1000}
+        | {"checkpoint_precision": "32"},
         "sample": {"steps": 1, "scale": 2.0},
     }
     path = tmp_path_factory.mktemp("recipe") / "run.yaml"
