@@ -20,7 +20,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 FILE_PRECISIONS = ("32", "16")
+SCHEDULES = ("constant", "cosine", "one_cycle")  # their functions: ldm.models.learning_rate
 SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
+CHOICES = {
+    "data.cache_precision": FILE_PRECISIONS,
+    "train.checkpoint_precision": FILE_PRECISIONS,
+    "train.precision": TRAINING_PRECISIONS,
+    "train.schedule": SCHEDULES,
+}
 MAX_STEPS = 1000
 AT_LEAST = {
     "data.num_workers": 0,
@@ -34,6 +41,11 @@ AT_LEAST = {
     "train.val_freq": 0,
     "train.val_samples": 2,
     "train.checkpoint_freq": 1,
+    "train.warmup": 0,
+    "train.ema": 0,
+    "train.min_snr_gamma": 0,
+    "train.offset_noise": 0,
+    "train.bad_steps": 0,
     "train.keep_last": 1,
     "train.clip": 0,
     "train.seed": 0,
@@ -94,6 +106,12 @@ class TrainConfig:
     only_mid_control: bool | None = None  # null is what the model file says
     precision: str = "auto"  # one of TRAINING_PRECISIONS; trained weights are float32 in all of them
     clip: float | None = None  # largest norm of the gradient
+    schedule: str = "constant"  # of the learning rate: one of SCHEDULES
+    warmup: int = 0  # optimizer steps over which it rises
+    ema: float = 0.0  # decay of an average of the trained weights, which is then what is sampled and saved
+    min_snr_gamma: float = 0.0  # weighs noise levels by min(SNR, gamma); 0 weighs them alike
+    offset_noise: float = 0.0  # standard deviation of noise that all pixels of a channel share
+    bad_steps: int = 10  # optimizer steps whose loss is not finite that are skipped before the run stops
     keep_latents: bool = False  # encode each image once and keep its latent in memory, a 24th of its size
     seed: int = 0
     gpus: list[int] | None = None  # GPU ids; null is automatic
@@ -185,16 +203,18 @@ def check_run(config: DictConfig) -> None:
     size = config.data.size
     if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
         raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")
-    if config.data.cache_precision not in FILE_PRECISIONS:
-        names, found = ", ".join(FILE_PRECISIONS), config.data.cache_precision
-        raise ValueError(f"expected data.cache_precision to be one of {names}, found {found!r}")
-    if config.train.precision not in TRAINING_PRECISIONS:
-        names = ", ".join(TRAINING_PRECISIONS)
-        raise ValueError(f"expected train.precision to be one of {names}, found {config.train.precision!r}")
-    if config.train.checkpoint_precision not in FILE_PRECISIONS:
-        names, found = ", ".join(FILE_PRECISIONS), config.train.checkpoint_precision
-        raise ValueError(f"expected train.checkpoint_precision to be one of {names}, found {found!r}")
+    if config.train.ema >= 1:
+        raise ValueError(f"expected train.ema below 1, found {config.train.ema}")
+    check_choices(config)
     check_sample(config.sample)
+
+
+def check_choices(config: DictConfig) -> None:
+    """Refuse words that are none of those to choose from."""
+    for key, names in CHOICES.items():
+        found = OmegaConf.select(config, key)
+        if found not in names:
+            raise ValueError(f"expected {key} to be one of {', '.join(names)}, found {found!r}")
 
 
 def check_sample(sample: SampleConfig | DictConfig) -> None:

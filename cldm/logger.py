@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,8 @@ def evaluating(trainer: pl.Trainer, model: ControlLDM) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context(), model.lend_stages():
+        average = model.average.applied(model) if getattr(model, "average", None) else nullcontext()
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), model.lend_stages(), average:
             yield
     finally:
         model.train(was_training)

@@ -146,11 +146,12 @@ def check_same_run(path: Path, config: DictConfig, base: str | None) -> None:
     text = notes.get("run_config")
     if text is None:
         raise CheckpointError(f"{path}: expected the settings of its run in it, found none")
+    free = FREE if config.train.schedule == "constant" else [key for key in FREE if key != "train.max_steps"]
     theirs, ours = (
         OmegaConf.to_container(run, resolve=False) for run in (OmegaConf.create(text), config.copy())
     )
     for settings in (theirs, ours):
-        for key in FREE:
+        for key in free:
             section, _, name = key.rpartition(".")
             parent = settings.get(section, {}) if section else settings
             parent.pop(name, None)

@@ -13,6 +13,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ class ControlCheckpoint(pl.Callback):
         notes = {**self.notes, "step": str(step), **more}
         if self.base is not None and not self.full:
             notes |= base_notes(self.base, beside=path.parent)
-        write_tensors(path, self.tensors(model), notes)
+        with model.average.applied(model) if model.average else nullcontext():
+            write_tensors(path, self.tensors(model), notes)
 
     def state_notes(self) -> dict[str, str]:
         """Metadata of the states: settings, and the base that the frozen weights come from."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-
-def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
-    """Linear up over `warmup` steps, then half a cosine down to a hundredth of the peak at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+from ldm.models.learning_rate import rate_factor
 
 
 def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
@@ -45,7 +38,8 @@ class StageTraining(pl.LightningModule):
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Give the optimizer the rate of the step."""
         how = self.how
-        rate = learning_rate(int(batch["step"]), peak=how.lr, warmup=how.warmup, steps=how.steps)
+        step = int(batch["step"])
+        rate = how.lr * rate_factor(step, schedule="cosine", warmup=how.warmup, steps=how.steps)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:
             group["lr"] = rate
 

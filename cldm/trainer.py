@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cldm.averaging import AverageWeights
 from cldm.cldm import ControlLDM
 from cldm.config import RANDOM
+from cldm.finite import FiniteLoss
 from cldm.logger import ImageLogger, Samples
 from cldm.model import create_model, fast_precision, find_device, load_model_config, with_choices
 from cldm.progress import StepProgressBar, duration
@@ -26,6 +29,7 @@ from cldm.saver import ControlCheckpoint
 from cldm.validation import LossCurve, Validation
 from cldm.weights import base_of
 from ldm.models.diffusion.memory import PosteriorMemory
+from ldm.models.learning_rate import rate_factor
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +51,16 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
         model = create_model(used, start, config.model.base)
         base, carried = base_of(start, config.model.base)
     model.learning_rate = config.train.lr
-    model.noise_seed = config.train.seed
+    train = config.train
+    model.noise_seed = train.seed
+    model.min_snr_gamma, model.offset_noise = train.min_snr_gamma, train.offset_noise
+    how = {"schedule": train.schedule, "warmup": train.warmup, "steps": train.max_steps}
+    is_plain = train.schedule == "constant" and not train.warmup
+    model.rate_schedule = None if is_plain else partial(rate_factor, **how)
     model.sd_locked = config.train.sd_locked
     model.memory = PosteriorMemory() if config.train.keep_latents else None
     model.strict_loading = False  # the state of a run lacks what is frozen; ControlCheckpoint checks the rest
     notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
-    train = config.train
     options = {"precision": train.checkpoint_precision, "keep_last": train.keep_last, "full": train.save_full}
     return model, ControlCheckpoint(train.checkpoint_freq, base, carried, notes, **options)
 
@@ -129,7 +137,9 @@ def build_callbacks(config: DictConfig, samples: Samples, saver: ControlCheckpoi
     )
     if config.train.dry_run:
         return [images, DryRunReport(config.train.max_steps, saver)]
-    return [images, LossCurve(), *build_validation(config, samples), StepProgressBar(), saver]
+    average = [AverageWeights(config.train.ema)] if config.train.ema else []
+    first = [*average, FiniteLoss(config.train.bad_steps), images, LossCurve()]
+    return [*first, *build_validation(config, samples), StepProgressBar(), saver]
 
 
 def build_validation(config: DictConfig, samples: Samples) -> list[pl.Callback]:

@@ -128,6 +128,22 @@ def test_a_signal_ends_the_step_and_the_run_goes_on_from_there(
     assert_same(tmp_path, whole)
 
 
+def test_average_schedule_and_cache_go_on_as_well(tmp_path: Path, words: list[str]) -> None:
+    more = ["train.ema=0.9", "train.schedule=cosine", "train.warmup=3", "train.offset_noise=0.1"]
+    more += ["train.min_snr_gamma=5", f"data.cache={tmp_path / 'cache'}", "data.cache_crops=3"]
+    assert run(tmp_path / "whole", words, *more) == 0
+    stop = Interrupt(2 * 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(tmp_path / "parts", words, *more, interrupt=stop) == 128 + signal.SIGTERM
+    assert run(tmp_path / "parts", words, *more, "--resume", "last") == 0
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    log = tmp_path / "parts/lightning_logs/version_0"
+    weights = read_tensors(log / f"checkpoints/step={STEPS:06d}.safetensors")
+    state = read_tensors(log / FOLDER / f"step={STEPS:06d}{SUFFIX}")
+    name = "control_model.zero_convs.0.0.weight"
+    assert not torch.equal(weights[name], state[f"state_dict.{name}"])
+    assert torch.equal(weights[name], state[f"callbacks.AverageWeights.{name}"])
+
+
 def test_an_error_in_the_middle_of_a_step_loses_that_step_alone(
     tmp_path: Path, words: list[str], whole: Path
 ) -> None:

@@ -7,8 +7,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from cldm.stage_training import StageTraining, learning_rate, noise_generator
+from cldm.stage_training import StageTraining, noise_generator
 from cldm.stages import BaseTrainConfig
+from ldm.models.learning_rate import rate_factor
 
 
 def build(**how: float) -> StageTraining:
@@ -17,9 +18,26 @@ def build(**how: float) -> StageTraining:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    rates = [learning_rate(step, peak=2.0, warmup=4, steps=104) for step in (0, 1, 3, 4, 54, 104, 200)]
-    expected = [0.5, 1.0, 2.0, 2.0, 2 * (0.01 + 0.99 / 2), 0.02, 0.02]
-    assert rates == pytest.approx(expected)
+    how = {"warmup": 4, "steps": 104}
+    rates = [rate_factor(step, schedule="cosine", **how) for step in (0, 1, 3, 4, 54, 104, 200)]
+    assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.01 + 0.99 / 2, 0.01, 0.01])
+    rates = [rate_factor(step, schedule="constant", **how) for step in (0, 1, 3, 4, 54, 104, 200)]
+    assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
+    with pytest.raises(
+        ValueError, match="unknown schedule 'linear': expected one of constant, cosine, one_cycle"
+    ):
+        rate_factor(0, schedule="linear", **how)
+
+
+def test_one_cycle_is_that_of_torch() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=50)
+    for step in range(50):
+        found = rate_factor(step, schedule="one_cycle", warmup=0, steps=50)
+        assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        if step < 49:
+            cycle.step()
 
 
 def test_noise_is_a_function_of_seed_and_step() -> None:

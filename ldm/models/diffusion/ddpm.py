@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.diffusion.draws import NOISE, POSTERIOR, Draws
+from ldm.models.diffusion.draws import NOISE, OFFSET, POSTERIOR, Draws
 from ldm.models.diffusion.memory import PosteriorMemory
 from ldm.models.diffusion.schedule import NoiseSchedule, make_betas, min_snr_weights
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -90,6 +90,9 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.known_texts: Callable[[Sequence[str]], Tensor] | None = None  # settable; their embeddings
         self.lend_stages: Callable[[], AbstractContextManager[None]] = nullcontext  # settable; see cldm.shelf
         self.noise_seed = 0  # settable; of the draws for samples that have a number
+        self.rate_schedule: Callable[[int], float] | None = None  # settable; part of the rate at a step
+        self.average: Any = None  # settable; a cldm.averaging.WeightAverage to evaluate with
+        self.offset_noise = 0.0  # settable; standard deviation of what a channel's noise has in common
         self.min_snr_gamma = 0.0  # settable; 0 weighs all noise levels alike
         self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
@@ -171,8 +174,10 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         """Loss of a batch at random noise levels (Ho et al. 2020, Algorithm 1)."""
         x_start, cond = self.get_input(batch, self.first_stage_key)
         draws = self.draws_of(batch)
-        t = draws.levels(len(x_start), self.num_timesteps)
-        loss, logs = self.p_losses(x_start, cond, t, draws.normal(NOISE, x_start.shape))
+        t, noise = draws.levels(len(x_start), self.num_timesteps), draws.normal(NOISE, x_start.shape)
+        if self.offset_noise:  # Guttenberg 2023: so that the mean brightness is learned as well
+            noise = noise + self.offset_noise * draws.normal(OFFSET, x_start[..., :1, :1].shape)
+        loss, logs = self.p_losses(x_start, cond, t, noise)
         self.log_dict(logs, prog_bar=True, batch_size=len(x_start))
         return loss
 
@@ -211,14 +216,18 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         """What the optimizer gets: nothing frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         """AdamW in one fused kernel; on a CPU five times as fast as the loop over parameters.
 
         Lightning cannot clip gradients that a fused optimizer would unscale, so not in that case.
         """
         trainer = self._trainer
         clips = trainer is not None and trainer.gradient_clip_val and "mixed" in str(trainer.precision)
-        return torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=not clips)
+        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=not clips)
+        if self.rate_schedule is None:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def channels_first(images: Tensor, device: torch.device) -> Tensor:

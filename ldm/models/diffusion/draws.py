@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POSTERIOR, NOISE, LEVEL = 2, 3, 4  # the streams of a sample; 0 and 1 are those of datasets.stream
+POSTERIOR, NOISE, LEVEL, OFFSET = 2, 3, 4, 5  # the streams of a sample; 0 and 1 are those of datasets.stream
 
 
 class Draws:
