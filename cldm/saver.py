@@ -83,7 +83,13 @@ class ControlCheckpoint(pl.Callback):
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals; Lightning has taken SIGTERM before, and would stop in the middle of a step."""
+        """Take the signals; Lightning has taken SIGTERM before, and would stop in the middle of a step.
+
+        What a run that was killed had not finished writing is removed.
+        """
+        if trainer.is_global_zero:
+            for partial in self.folder.glob("*/.*.partial"):
+                partial.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
             self.handlers = {number: signal.signal(number, self.receive) for number in numbers}

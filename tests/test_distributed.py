@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+
+from cldm.cldm import ControlLDM
+from cldm.tensor_files import read_tensors
+from cldm.tensor_writing import write_tensors
+from datasets.streets.tree import Plan, make_tree
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -66,3 +74,69 @@ def test_two_processes_train_one_model(tiny_yaml: Path, tmp_path: Path) -> None:
         "step=000002.safetensors",
     ]
     assert len(list((run / "image_log").iterdir())) == 3  # steps 0, 1 and 2, each once
+
+
+TRAINING = """
+import os, signal, sys
+import pytorch_lightning as pl
+import tutorial_train
+from cldm import trainer as parts
+
+processes, stop_at, *words = sys.argv[1:]
+build_trainer, count_samples, build_callbacks = pl.Trainer, parts.count_samples, parts.build_callbacks
+
+class Stop(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == int(stop_at) and trainer.global_rank == 0:  # the others are not told
+            os.kill(os.getpid(), signal.SIGTERM)
+
+if int(processes) > 1:
+    options = {"devices": int(processes), "strategy": "ddp"}
+    parts.pl.Trainer = lambda **given: build_trainer(**{**given, **options})
+    parts.count_samples = lambda config: int(processes) * count_samples(config)
+parts.build_callbacks = lambda *args: [Stop(), *build_callbacks(*args)]
+tutorial_train.main(words)
+"""
+
+
+def train(tmp_path: Path, recipe: Path, name: str, processes: int, *words: str, stop_at: int = -1) -> Path:
+    program = tmp_path / "training.py"
+    program.write_text(TRAINING, encoding="utf-8")
+    command = [sys.executable, str(program), str(processes), str(stop_at), "--config", str(recipe), *words]
+    command += ["--default_root_dir", str(tmp_path / name)]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, timeout=240, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if stop_at < 0 else 128 + signal.SIGTERM), done.stderr[-3000:]
+    return tmp_path / name / "lightning_logs/version_0"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch_and_resume(
+    tmp_path: Path, tiny_yaml: Path, tiny_model_once: ControlLDM
+) -> None:
+    make_tree(tmp_path / "streets", Plan("camera", size=(64, 128), train=5, val=2), workers=1)
+    write_tensors(tmp_path / "start.safetensors", tiny_model_once.state_dict())
+    content = {
+        "model": {"config": str(tiny_yaml), "checkpoint": str(tmp_path / "start.safetensors")},
+        "data": {"name": "streets", "root": str(tmp_path / "streets"), "size": [64, 128], "num_workers": 0}
+        | {"flip": 0.5, "drop_prompt": 0.3, "check": False},
+        "train": {"batch_size": 2, "accumulate": 2, "lr": 1.0e-3, "max_steps": 4, "grid_images": 0}
+        | {"val_freq": 0, "checkpoint_freq": 2, "checkpoint_precision": "32", "ema": 0.9},
+    }
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    one = train(tmp_path, recipe, "one", 1, "--batch_size", "4")
+    two = train(tmp_path, recipe, "two", 2)
+    ours, theirs = (read_tensors(run / "checkpoints/step=000004.safetensors") for run in (two, one))
+    start = read_tensors(tmp_path / "start.safetensors")
+    for name, value in theirs.items():
+        moved = (value - start[name]).abs().max().item()
+        assert moved > 0 or value.numel() == 0, name
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0.02 * moved + 1e-7)
+    train(tmp_path, recipe, "parts", 2, stop_at=4)
+    resumed = train(tmp_path, recipe, "parts", 2, "--resume", "last")
+    for name in ("checkpoints/step=000004.safetensors", "state/step=000004.state.safetensors"):
+        ours, theirs = (read_tensors(run / name) for run in (resumed, two))
+        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
