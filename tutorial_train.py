@@ -191,9 +191,36 @@ def train(config: DictConfig) -> None:
         refuse(str(error))
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     log.info("%d samples of %s, %d trained parameters", len(dataset), config.data.name, trained)
+    batch, ranks = config.train.batch_size, trainer.world_size
+    log.info(
+        "an optimizer step takes %d samples: batch_size %d x accumulate %d x %d processes",
+        batch * config.train.accumulate * ranks,
+        batch,
+        config.train.accumulate,
+        ranks,
+    )
     trainer.fit(model, loader, ckpt_path=state, weights_only=True)
     if saver.signal is not None:
         sys.exit(128 + saver.signal)
+    if config.train.export_at_end:
+        export(config, saver)
+
+
+def export(config: DictConfig, saver: Any) -> None:
+    """Write the control branch of the last checkpoint for others to read."""
+    import torch
+
+    from cldm.export import export_control
+    from cldm.tensor_writing import write_tensors
+
+    target = Path(config.train.export_at_end)
+    try:
+        tensors, notes = export_control(saver.last_weights, target, torch.float16)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(target, tensors, notes)
+    except (ValueError, OSError) as error:
+        refuse(str(error))
+    log.info("wrote %s, the control branch alone", target)
 
 
 def folder_of(state: Path | None, config: DictConfig) -> str | None:

@@ -19,12 +19,15 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 PROJECT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+FROZEN_PRECISIONS = ("bf16",)
 FILE_PRECISIONS = ("32", "16")
+LOGGERS = ("tensorboard", "csv", "wandb")
 SCHEDULES = ("constant", "cosine", "one_cycle")  # their functions: ldm.models.learning_rate
 SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
 CHOICES = {
     "data.cache_precision": FILE_PRECISIONS,
     "train.checkpoint_precision": FILE_PRECISIONS,
+    "train.logger": LOGGERS,
     "train.precision": TRAINING_PRECISIONS,
     "train.schedule": SCHEDULES,
 }
@@ -41,6 +44,7 @@ AT_LEAST = {
     "train.val_freq": 0,
     "train.val_samples": 2,
     "train.checkpoint_freq": 1,
+    "train.nodes": 1,
     "train.warmup": 0,
     "train.ema": 0,
     "train.min_snr_gamma": 0,
@@ -105,6 +109,9 @@ class TrainConfig:
     sd_locked: bool = True  # False also trains the UNet's decoder
     only_mid_control: bool | None = None  # null is what the model file says
     precision: str = "auto"  # one of TRAINING_PRECISIONS; trained weights are float32 in all of them
+    frozen_precision: str | None = None  # of the frozen UNet: bf16 halves it, and auto is bf16-mixed then
+    activation_checkpointing: bool = False  # recompute in backward instead of keeping: less memory, slower
+    compile: bool = False  # have torch compile the networks; minutes at the start, needs a C++ compiler
     clip: float | None = None  # largest norm of the gradient
     schedule: str = "constant"  # of the learning rate: one of SCHEDULES
     warmup: int = 0  # optimizer steps over which it rises
@@ -115,7 +122,9 @@ class TrainConfig:
     keep_latents: bool = False  # encode each image once and keep its latent in memory, a 24th of its size
     seed: int = 0
     gpus: list[int] | None = None  # GPU ids; null is automatic
+    nodes: int = 1  # machines, each with as many GPUs
     default_root_dir: str = "work_dir"
+    logger: str = "tensorboard"  # one of LOGGERS
     logger_freq: int = 300  # optimizer steps between two logged grids
     grid_images: int = 4  # rows of a logged grid
     val_freq: int = 1000  # optimizer steps between two measurements on the validation split; 0 makes none
@@ -126,6 +135,7 @@ class TrainConfig:
     checkpoint_precision: str = "16"  # of the weights in them, 32 or 16; the state to go on from is exact
     keep_last: int | None = None  # checkpoints that are kept beside the best one; null keeps all
     save_full: bool = False  # checkpoints hold the frozen weights, too
+    export_at_end: str | None = None  # file for the control branch alone, in half precision
 
 
 @dataclass
@@ -203,6 +213,11 @@ def check_run(config: DictConfig) -> None:
     size = config.data.size
     if size is not None and (len(size) != 2 or any(side < 64 or side % 64 for side in size)):
         raise ValueError(f"expected data.size=[HEIGHT,WIDTH] in multiples of 64, found {list(size)}")
+    if config.train.export_at_end and not config.train.sd_locked:
+        raise ValueError(
+            "expected train.sd_locked=true for train.export_at_end, as the control branch alone is of no use"
+            " without the decoder that was trained with it, found false; its checkpoints hold both"
+        )
     if config.train.ema >= 1:
         raise ValueError(f"expected train.ema below 1, found {config.train.ema}")
     check_choices(config)

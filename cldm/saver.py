@@ -73,6 +73,7 @@ class ControlCheckpoint(pl.Callback):
         self.last_step = 0
         self.batches = 0  # behind the last optimizer step
         self.best_loss = math.inf
+        self.last_weights: Path | None = None
         self.signal: int | None = None
         self.handlers: dict[int, Any] = {}  # that were there before
 
@@ -151,7 +152,7 @@ class ControlCheckpoint(pl.Callback):
     @rank_zero_only
     def write_weights(self, model: ControlLDM, step: int) -> None:
         """Write the weights of a step and say how to use them."""
-        path = self.folder / "checkpoints" / f"step={step:06d}.safetensors"
+        path = self.last_weights = self.folder / "checkpoints" / f"step={step:06d}.safetensors"
         self.write(path, model, step)
         command = f"python generate.py --ckpt {shlex.quote(str(path))} --hint MAPS --out OUT"
         log.info("wrote %s; sample from it: %s", path, command)

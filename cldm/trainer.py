@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cldm.averaging import AverageWeights
@@ -69,7 +69,8 @@ def count_samples(config: DictConfig) -> int:
     """Samples that the run takes, on all of its devices."""
     train, device = config.train, find_device("auto")
     devices = 1 if device.type == "cpu" else len(train.gpus or ()) or torch.cuda.device_count()
-    return (1 if train.dry_run else train.max_steps) * train.accumulate * train.batch_size * devices
+    steps = 1 if train.dry_run else train.max_steps
+    return steps * train.accumulate * train.batch_size * devices * train.nodes
 
 
 class RankShare(Sampler[int]):
@@ -182,13 +183,34 @@ def build_trainer(
         gradient_clip_val=config.train.clip,
         callbacks=list(callbacks),
         use_distributed_sampler=False,  # Lightning's would shuffle the samples of all passes
-        logger=TensorBoardLogger(config.train.default_root_dir, version=version),
+        num_nodes=config.train.nodes,
+        logger=build_logger(config, version),
         plugins=[StateFiles(notes)],
         default_root_dir=config.train.default_root_dir,
         log_every_n_steps=10,
         enable_checkpointing=False,  # ControlCheckpoint writes them
         enable_model_summary=False,
     )
+
+
+def build_logger(config: DictConfig, version: str | None) -> Logger:
+    """Where curves and pictures go beside the run's own files.
+
+    Raises
+        ValueError  Weights & Biases is asked for and not installed
+    """
+    root = config.train.default_root_dir
+    if config.train.logger == "csv":
+        return CSVLogger(root, version=version)
+    if config.train.logger == "tensorboard":
+        return TensorBoardLogger(root, version=version)
+    folder = TensorBoardLogger(root, version=version).log_dir  # as the run's own files lie beside it
+    try:
+        return WandbLogger(project="scenecontrol", save_dir=folder)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "expected the package wandb for train.logger=wandb, found none; install it: pip install wandb"
+        ) from error
 
 
 def quiet_lightning() -> None:

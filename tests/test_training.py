@@ -294,6 +294,36 @@ def test_latents_are_not_kept_of_frames_that_change(
     assert "expected samples that stay the same with train.keep_latents=true" in capsys.readouterr().err
 
 
+def test_curves_go_where_they_are_asked_to(recipe: Recipe, tmp_path: Path) -> None:
+    run = recipe.run(tmp_path, "train.logger=csv", "--max_steps", "10")
+    rows = (run.folder / "metrics.csv").read_text().splitlines()
+    assert "train/loss_simple" in rows[0].split(",")
+    assert run.grids
+
+
+def test_weights_and_biases_are_named_where_they_are_missing(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "WandbLogger", lambda **options: __import__("no_such_wandb"))
+    with pytest.raises(SystemExit):
+        recipe.run(tmp_path, "train.logger=wandb")
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_the_control_branch_is_exported_at_the_end(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], start: Path
+) -> None:
+    target = tmp_path / "out/control.safetensors"
+    run = recipe.run(tmp_path, f"train.export_at_end={target}", **SILENT)
+    found, weights = tensors(target), tensors(run.folder / "checkpoints/step=000002.safetensors")
+    assert set(found) == {name for name in weights if name.startswith("control_model.")}
+    assert all(torch.equal(value, weights[name].half()) for name, value in found.items())
+    assert notes(target)["base_fingerprint"] == fingerprint(start)
+    with pytest.raises(SystemExit):
+        recipe.run(tmp_path, f"train.export_at_end={target}", "--no-sd_locked")
+    assert "expected train.sd_locked=true for train.export_at_end" in capsys.readouterr().err
+
+
 def test_ranks_share_the_samples_of_a_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for rank in range(3):
