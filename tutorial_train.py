@@ -289,7 +289,7 @@ def drawn_by_class(config: DictConfig, dataset: Any, frames: Any) -> Any:
 
 def cached_frames(config: DictConfig, dataset: Any, model: Any) -> Any:
     """The data set with moments instead of photos, encoded now where they are missing; the stages leave."""
-    from cldm.cache import write_samples, write_texts
+    from cldm.cache import locked, write_samples, write_texts
     from cldm.shelf import Shelf
     from cldm.weights import read_weights
     from datasets.cached import CachedDataset, ViewRows, collate_rows, identity_of_rows
@@ -297,15 +297,13 @@ def cached_frames(config: DictConfig, dataset: Any, model: Any) -> Any:
 
     data, start = config.data, config.model.checkpoint
     views = Views(dataset.framing, data.cache_crops, config.train.seed)
-    identity, rows = identity_of_rows(dataset, views, data.cache), ViewRows(dataset, views)
-    options = {"dtype": data.cache_precision, "num_workers": data.num_workers}
-    write_samples(
-        data.cache, rows, collate_rows, model, identity, batch_size=config.train.batch_size, **options
-    )
-    frames = CachedDataset(dataset, views, data.cache)
-    model.known_texts = write_texts(
-        data.cache, frames.texts(), model.cond_stage_model, dtype=data.cache_precision
-    )
+    precision = {"dtype": data.cache_precision}
+    loading = {"batch_size": config.train.batch_size, "num_workers": data.num_workers}
+    with locked(data.cache):
+        identity, rows = identity_of_rows(dataset, views, data.cache), ViewRows(dataset, views)
+        write_samples(data.cache, rows, collate_rows, model, identity, **loading, **precision)
+        frames = CachedDataset(dataset, views, data.cache)
+        model.known_texts = write_texts(data.cache, frames.texts(), model.cond_stage_model, **precision)
     Shelf(model, None if start == RANDOM else lambda: read_weights(start, config.model.base))
     return frames
 

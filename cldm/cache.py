@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,11 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion, channels_first
 from ldm.modules.encoders.modules import TextEmbedder
 from ldm.modules.encoders.tokenizer import CONTEXT_LENGTH
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,16 @@ class Rows(Protocol):
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         """`jpg` (H, W, 3) in [-1, 1], and arrays that are kept as they are."""
         ...
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """One process at a time, as the ranks of a run may be started together; the others then find all done."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / ".lock").open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def digest_of(*modules: nn.Module) -> str:

@@ -22,15 +22,15 @@ def round_frozen(model: ControlLDM, dtype: torch.dtype = torch.bfloat16) -> None
             layer.to(dtype=dtype, memory_format=torch.channels_last)
 
 
-def compile_networks(model: ControlLDM) -> None:
-    """Have torch compile control branch and UNet when they first run; names of weights stay what they are.
+def compile_networks(model: ControlLDM, device: torch.device) -> None:
+    """Have torch compile control branch and UNet for a device, when they first run; weights keep their names.
 
     Raises
         ValueError  this machine lacks what torch needs for it
     """
-    lacking = compiler_lacking(model.device)
+    lacking = compiler_lacking(device)
     if lacking:
-        raise ValueError(f"cannot compile for {model.device.type}: {lacking}; set train.compile=false")
+        raise ValueError(f"cannot compile for {device.type}: {lacking}; set train.compile=false")
     model.control_model.compile()
     model.model.diffusion_model.compile()
 

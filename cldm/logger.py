@@ -95,8 +95,13 @@ class ImageLogger(pl.Callback):
         if step == self.last_step or not self.samples:
             return
         self.last_step = step
-        with evaluating(trainer, model):
-            images = self.sample(model)
+        try:
+            with evaluating(trainer, model):
+                images = self.sample(model)
+        except torch.OutOfMemoryError:
+            self.samples = self.samples[: len(self.samples) // 2]
+            log.warning("out of memory: no grid at step %d, the next has %d rows", step, len(self.samples))
+            return
         picture = sheet([grid_row(sample, image) for sample, image in zip(self.samples, images, strict=True)])
         self.folder.mkdir(parents=True, exist_ok=True)
         write_png(self.folder / f"step={step:06d}.png", picture)

@@ -106,11 +106,13 @@ def with_choices(
     parameterization: str | None = None,
     only_mid_control: bool | None = None,
     attn_backend: str | None = None,
+    use_checkpoint: bool | None = None,
 ) -> DictConfig:
     """A model file with the choices that are no matter of its weights; None leaves one as it is."""
     params = {"parameterization": parameterization, "only_mid_control": only_mid_control}
     for network in ("unet_config", "control_stage_config"):
         params[f"{network}.params.attn_backend"] = attn_backend
+        params[f"{network}.params.use_checkpoint"] = use_checkpoint
     changed = config.copy()
     for name, value in params.items():
         if value is not None:

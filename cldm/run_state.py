@@ -35,7 +35,7 @@ FREE = (
         "train.val_samples",
         "train.checkpoint_freq",
     ),
-    *("train.keep_last", "train.keep_latents", "sample"),
+    *("train.keep_last", "train.keep_latents", "train.activation_checkpointing", "sample"),
 )
 
 

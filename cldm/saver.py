@@ -221,6 +221,7 @@ class ControlCheckpoint(pl.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counter in ("total", "current"):
             progress[counter] |= {**done, "completed": self.batches - 1}  # as while the last batch ends
+        checkpoint["ranks"] = trainer.world_size
         checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": self.batches}]
 
     def on_load_checkpoint(
@@ -233,6 +234,11 @@ class ControlCheckpoint(pl.Callback):
             raise CheckpointError(
                 f"expected the state of a run that trains {len(expected)} tensors, found {len(found)}; {name}"
                 f" is {'missing' if name in expected else 'not trained now'}"
+            )
+        if checkpoint["ranks"] != trainer.world_size:
+            raise CheckpointError(
+                f"expected the state of a run on {trainer.world_size} processes, found one on"
+                f" {checkpoint['ranks']}; a step would take another number of samples"
             )
         self.last_step = self.seen_step = checkpoint["global_step"]
 

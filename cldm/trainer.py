@@ -21,6 +21,7 @@ from cldm.averaging import AverageWeights
 from cldm.cldm import ControlLDM
 from cldm.config import RANDOM
 from cldm.finite import FiniteLoss
+from cldm.fast_path import compile_networks, round_frozen
 from cldm.logger import ImageLogger, Samples
 from cldm.model import create_model, fast_precision, find_device, load_model_config, with_choices
 from cldm.progress import StepProgressBar, duration
@@ -43,7 +44,8 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
         parameterization=config.model.parameterization,
         only_mid_control=config.train.only_mid_control,
     )
-    used = with_choices(recorded, attn_backend=config.model.attn_backend)  # a matter of the machine
+    machine = {"attn_backend": config.model.attn_backend}  # its matter, and so not recorded
+    used = with_choices(recorded, **machine, use_checkpoint=config.train.activation_checkpointing or None)
     start, base, carried = config.model.checkpoint, None, frozenset[str]()
     if start == RANDOM:
         model = create_model(used)
@@ -59,6 +61,10 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
     model.rate_schedule = None if is_plain else partial(rate_factor, **how)
     model.sd_locked = config.train.sd_locked
     model.memory = PosteriorMemory() if config.train.keep_latents else None
+    if train.frozen_precision is not None:
+        round_frozen(model)
+    if train.compile:
+        compile_networks(model, find_device("auto"))
     model.strict_loading = False  # the state of a run lacks what is frozen; ControlCheckpoint checks the rest
     notes = {"model_config": OmegaConf.to_yaml(recorded), "run_config": OmegaConf.to_yaml(config)}
     options = {"precision": train.checkpoint_precision, "keep_last": train.keep_last, "full": train.save_full}
@@ -173,7 +179,8 @@ def build_trainer(
         log.warning("no GPU found: training on the CPU")
     elif gpus:
         device = min((find_device(f"cuda:{gpu}") for gpu in gpus), key=torch.cuda.get_device_capability)
-    fast = LIGHTNING_PRECISIONS[fast_precision(device)]
+    rounded = config.train.frozen_precision  # autocast then computes in it, on a CPU, too
+    fast = LIGHTNING_PRECISIONS[rounded or fast_precision(device)]
     return pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.type == "cpu" else gpus or "auto",

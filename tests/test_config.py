@@ -253,7 +253,7 @@ def test_every_run_file_of_ours_fits_the_schema_and_names_model_files_that_exist
     names = [path.stem for path in Path("configs").glob("*.yaml") if not path.stem.startswith(stages)]
     assert {"cityscapes", "fill50k"} <= set(names)
     for name in names:
-        config = load_run_config(name, None, [])
+        config = load_run_config(None, f"configs/{name}.yaml", [])
         assert "target" in yaml.safe_load(Path(config.model.config).read_text(encoding="utf-8"))["model"]
         assert not [side for side in config.data.size or () if side % 64]
         written = yaml.safe_load(Path(f"configs/{name}.yaml").read_text(encoding="utf-8"))

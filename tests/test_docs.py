@@ -18,6 +18,7 @@ AWAITED = {"docs/noise_priors.md"}
 # Folders that users fill or that runs make; nothing in them is in the repository.
 NOT_OURS = (
     "cache/",
+    "checkpoints/",
     "data/",
     "image_log/",
     "maps/",

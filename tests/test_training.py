@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -292,6 +293,28 @@ def test_latents_are_not_kept_of_frames_that_change(
     with pytest.raises(SystemExit):
         recipe.run(tmp_path, "data.flip=0.5", "train.keep_latents=true", **SILENT)
     assert "expected samples that stay the same with train.keep_latents=true" in capsys.readouterr().err
+
+
+def test_a_grid_that_does_not_fit_gets_fewer_rows_and_ends_no_run(
+    tiny_model: ControlLDM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = [{"hint": np.zeros((64, 64, 3), np.float32), "txt": "a"}] * 4
+    images = ImageLogger(1, 4, samples=samples, settings=SampleConfig(steps=1, scale=1.0))
+    images.folder = tmp_path
+    whole = ImageLogger.sample
+
+    def sample(self: ImageLogger, model: ControlLDM) -> Any:
+        if len(self.samples) > 2:
+            raise torch.OutOfMemoryError
+        return whole(self, model)
+
+    monkeypatch.setattr(ImageLogger, "sample", sample)
+    plugin = SimpleNamespace(forward_context=nullcontext)
+    for step in (1, 2):
+        trainer = SimpleNamespace(global_step=step, precision_plugin=plugin, loggers=[])
+        images.log_grid(trainer, tiny_model)
+    assert [path.name for path in tmp_path.iterdir()] == ["step=000002.png"]
+    assert "no grid at step 1, the next has 2 rows" in caplog.text
 
 
 def test_curves_go_where_they_are_asked_to(recipe: Recipe, tmp_path: Path) -> None:
