@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import RANDOM, DataConfig, check_run, load_run_config, project_path
+from cldm.presets import PRESETS, advice, preset_overrides
 from datasets import DATASETS, create_dataset, find_entry, missing_paths
 
 log = logging.getLogger("tutorial_train")
@@ -86,6 +87,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry_run", action="store_true", help="one real step and its sample grid, then a report"
     )
+    parser.add_argument(
+        "--preset", default=None, help=f"batch and savings for a GPU's memory: {', '.join(PRESETS)}"
+    )
     parser.add_argument("--print_config", action="store_true", default=False, help="print the run and exit")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="any key of the run, e.g. train.lr=2e-6"
@@ -99,7 +103,13 @@ def resolve(args: argparse.Namespace) -> DictConfig:
     flags = [f"{key}={json.dumps(given[flag])}" for flag, key in FLAGS.items() if flag in given]
     if args.dataset is not None:
         find_entry(args.dataset)
-    config = load_run_config(args.dataset, args.config, [*flags, *given.get("overrides", [])])
+    overrides = [*flags, *given.get("overrides", [])]
+    if args.preset is not None:
+        overrides = [
+            *preset_overrides(args.preset, load_run_config(args.dataset, args.config, [])),
+            *overrides,
+        ]
+    config = load_run_config(args.dataset, args.config, overrides)
     find_entry(config.data.name)
     config.model.checkpoint = str(find_weights(config.model.checkpoint))
     check_run(config)
@@ -199,11 +209,22 @@ def train(config: DictConfig) -> None:
         config.train.accumulate,
         ranks,
     )
-    trainer.fit(model, loader, ckpt_path=state, weights_only=True)
+    fit(trainer, model, loader, state, config)
     if saver.signal is not None:
         sys.exit(128 + saver.signal)
     if config.train.export_at_end:
         export(config, saver)
+
+
+def fit(trainer: Any, model: Any, loader: Any, state: Path | None, config: DictConfig) -> None:
+    """Train; too little memory is answered with settings that need less."""
+    import torch
+
+    try:
+        trainer.fit(model, loader, ckpt_path=state, weights_only=True)
+    except torch.OutOfMemoryError:
+        free = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else None
+        refuse(advice(config, free))
 
 
 def export(config: DictConfig, saver: Any) -> None:

@@ -70,7 +70,15 @@ FLAGS = {
             "--logger_freq",
             "--dry_run",
         ),
-        *("--max_steps", "--resume", "--resume_path", "--sd_locked", "--no-sd_locked", "--print_config"),
+        *(
+            "--max_steps",
+            "--preset",
+            "--resume",
+            "--resume_path",
+            "--sd_locked",
+            "--no-sd_locked",
+            "--print_config",
+        ),
     },
 }
 # What the predecessors' scripts took has to stay, whatever else a script learns.
