@@ -105,10 +105,8 @@ def resolve(args: argparse.Namespace) -> DictConfig:
         find_entry(args.dataset)
     overrides = [*flags, *given.get("overrides", [])]
     if args.preset is not None:
-        overrides = [
-            *preset_overrides(args.preset, load_run_config(args.dataset, args.config, [])),
-            *overrides,
-        ]
+        plain = load_run_config(args.dataset, args.config, [])
+        overrides = [*preset_overrides(args.preset, plain), *overrides]
     config = load_run_config(args.dataset, args.config, overrides)
     find_entry(config.data.name)
     config.model.checkpoint = str(find_weights(config.model.checkpoint))

@@ -1,9 +1,9 @@
 """Settings for a GPU of a given memory. They change what a step costs, not what it computes.
 
 The memory that each is named after is an estimate for SD1.5 at 512x512 with `data.cache`, from the sizes of
-what is held; none has been measured on a GPU yet. Held whatever the batch: the control branch with gradients and
-moments in float32, 5.8 GB; its rounded copy for autocast, 0.7 GB; the frozen UNet in bf16, 1.7 GB. Each sample
-adds about 3.5 GB of activations, or 0.8 GB where they are computed again.
+what is held; none has been measured on a GPU yet. Held whatever the batch: the control branch with gradients
+and moments in float32, 5.8 GB; its rounded copy for autocast, 0.7 GB; the frozen UNet in bf16, 1.7 GB. Each
+sample adds about 3.5 GB of activations, or 0.8 GB where they are computed again.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def advice(config: DictConfig, free: float | None = None) -> str:
     smaller = [
         name
         for name, preset in PRESETS.items()
-        if (preset.batch_size, -preset.activation_checkpointing)
-        < (train.batch_size, -train.activation_checkpointing)
-        and (free is None or preset.gigabytes <= free + 1)
+        if cost(preset) < cost(config.train) and (free is None or preset.gigabytes <= free + 1)
     ]
     cache = "" if config.data.cache else " and data.cache=FOLDER"
     if not smaller:
