@@ -117,6 +117,13 @@ def status_mib(field: str, file: str = "/proc/self/status") -> float | None:
     return round(sum(int(line[1]) for line in lines if line[0] == f"{field}:") / 1024, 1)
 
 
+def forget_peak() -> None:
+    """Begin the peak of resident memory anew (VmHWM, see proc(5)), where the system can."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+
+
 def memory_mib() -> dict[str, float | None]:
     """Peak of this process, and what it holds now: in all, and without the pages of mapped files."""
     return {

@@ -1,32 +1,47 @@
-"""A training step of ours and of diffusers in turn: same weights, same images, one process.
+"""Training steps of ours and of diffusers in turn: same weights, same images, one process.
 
     python benchmarks/train_step.py                                      # the Streets miniature
     python benchmarks/train_step.py --arch sd15 --size 256 256 --batch 1 --steps 5 --memory
+    python benchmarks/train_step.py --arch sd15 --size 512 512 --batch 4 --device cuda --precision bf16 \\
+        --compile --peak_tflops 990 --memory                             # and again with --batch 32
 
-A step encodes images and texts, draws from the posterior, adds noise, runs control branch and UNet, goes
-backward and updates the control branch. The step of diffusers is that of its example train_controlnet.py with
-torch's AdamW as it comes; `diffusers_fused` is the same with the fused kernel that ours uses, so that
-ratio_same_optimizer compares the networks alone. Neither clips gradients.
+ours             encodes images and texts, draws from the posterior, adds noise, runs control branch and UNet,
+                 goes backward and updates the control branch
+ours_cached      the same from moments and embeddings that are there already (data.cache)
+ours_fast        that under bf16 autocast with frozen weights in bf16 (train.frozen_precision=bf16)
+diffusers        the step of its example train_controlnet.py with torch's AdamW as it comes
+diffusers_fused  the same with the fused AdamW that ours uses
 
-Both update the same weights. --memory runs each side once more in a process of its own for its peak.
+--precision bf16 puts all sides but ours_fast, which has its own, under autocast; the frozen weights of
+diffusers are cast then, as its example does. --compile compiles the networks of our sides. Nobody clips
+gradients.
+
+All update the same weights. `ratio` is the time of diffusers over that of ours. --memory runs each side once
+more in a process of its own for its peak; what the caches replace is not there then. --peak_tflops gives the
+share of that many TFLOP/s that each side reaches.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import (
+    ARCHITECTURES,
     PROMPT,
     alternate,
     check_size,
     environment,
     figures,
+    forget_peak,
     make_parser,
     memory_mib,
     now,
@@ -39,11 +54,15 @@ from common import (
 )
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from peers import Peer
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from cldm.cldm import ControlLDM
+
+OURS = ("ours", "ours_cached", "ours_fast")
+THEIRS = ("diffusers", "diffusers_fused")
 
 
 class Inputs(NamedTuple):
@@ -54,10 +73,11 @@ class Inputs(NamedTuple):
     texts: list[str]
     noise: Tensor  # (B, 4, h, w)
     t: Tensor  # (B,)
+    moments: Tensor | None = None  # (B, 8, h, w), of the images
 
 
 class Side(NamedTuple):
-    """One of the two libraries: its loss, what it trains, and with what."""
+    """A way to train: its loss, what it trains, and with what."""
 
     loss: Callable[[Inputs], Tensor]
     parameters: list[nn.Parameter]
@@ -67,62 +87,131 @@ class Side(NamedTuple):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the arguments."""
     parser = make_parser(__doc__, steps=5)
+    parser.add_argument("--compile", action="store_true", help="compile the networks of our sides")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, to give each side's share of it")
     parser.add_argument("--memory", action="store_true", help="also measure the peak of each side alone")
-    parser.add_argument("--only", choices=("ours", "diffusers"), help="run one side and report its memory")
+    parser.add_argument("--only", choices=OURS + THEIRS, help="run one side and report its memory")
+    parser.add_argument("--weights", type=Path, help="file of a whole model (default: random ones are made)")
     return check_size(parser, parser.parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build both sides, compare what they compute, time them in turn."""
+    """Measure the memory of each side alone; then build all, compare what they compute, time them in turn."""
     args = parse_args(argv)
     open_project()
-    sides = make_sides(args)
-    if args.only:
-        report(run_alone(args, sides[args.only]))
-        return
-    errors = compare(args, sides["ours"], sides["diffusers"])
-    record = {"benchmark": "train_step", **settings(args), **errors, **measure(args, sides)}
-    if args.memory:
-        record["memory"] = {name: run_child(name, argv) for name in ("ours", "diffusers")}
+    with TemporaryDirectory() as folder:
+        args.weights = args.weights or make_weights(args.arch, Path(folder))
+        if args.only:
+            report(run_alone(args))
+            return
+        record = {"benchmark": "train_step", **settings(args), "compile": args.compile}
+        if args.memory:
+            record["memory"] = {name: run_child(args, name) for name in (*OURS, THEIRS[0])}
+        sides, batches, fill = make_sides(args, [*OURS, *THEIRS])
+        record |= fill | compare(sides, batches[0]) | measure(args, sides, batches)
     report({**record, "environment": environment(args.device)})
 
 
-def make_sides(args: argparse.Namespace) -> dict[str, Side]:
-    """Ours and theirs on the same weights; with `only`, what the other side alone needs is not made."""
+def make_weights(arch: str, folder: Path) -> Path:
+    """A file of random weights, which both libraries map, as they do with real ones."""
+    from peers import make_model
+
+    from cldm.tensor_writing import write_tensors
+
+    write_tensors(folder / "weights.safetensors", make_model(arch)[0].state_dict())
+    return folder / "weights.safetensors"
+
+
+def make_sides(
+    args: argparse.Namespace, names: Sequence[str]
+) -> tuple[dict[str, Side], dict[int, Inputs], dict[str, float]]:
+    """The sides on the same weights, each with parameters of its own; what they are given; its cost."""
+    from cldm.model import create_model, load_model_config
+
+    config = load_model_config(ARCHITECTURES[args.arch])
+    model = create_model(config, args.weights).train().to(args.device)
+    batches, fill = make_batches(args, model, names)
+    sides = {}
+    for name in names:
+        sides[name] = (make_ours if name in OURS else make_theirs)(args, name, model, config)
+    return sides, batches, fill
+
+
+def make_batches(
+    args: argparse.Namespace, model: ControlLDM, names: Sequence[str]
+) -> tuple[dict[int, Inputs], dict[str, float]]:
+    """What is given to each step, and what a cache of it took; only sides that have one make it."""
+    batches = {i: make_inputs(args, i) for i in range(-1 - args.warmup, args.steps)}
+    if not {"ours_cached", "ours_fast"} & set(names):
+        return batches, {}
+    known = model.get_learned_conditioning([PROMPT]).clone()
+    seconds = []
+    for i, batch in batches.items():
+        start = now(args.device)
+        moments = model.encode_first_stage(batch.images.permute(0, 3, 1, 2).contiguous()).parameters
+        seconds.append(now(args.device) - start)
+        batches[i] = batch._replace(moments=moments)
+    model.cached_text = known
+    return batches, {"cache_fill_s_per_image": figures(min(seconds) / args.batch)}
+
+
+def make_ours(args: argparse.Namespace, name: str, model: ControlLDM, config: DictConfig) -> Side:
+    """A side of ours; one with a cache has neither first stage nor text encoder."""
     import torch
-    from peers import make_model, make_peer
 
-    model, config = make_model(args.arch)
-    model.train().to(args.device)
-    peer = make_peer(model, config)
-    trained = model.trainable_parameters()
-    theirs = list(peer.controlnet.parameters())
-    sides = {"ours": Side(our_loss(model, args), trained, model.configure_optimizers())}
-    loss = their_loss(peer, args)
-    plain = torch.optim.AdamW(theirs, lr=model.learning_rate)
-    fused = torch.optim.AdamW(theirs, lr=model.learning_rate, fused=True)
-    return sides | {"diffusers": Side(loss, theirs, plain), "diffusers_fused": Side(loss, theirs, fused)}
+    from cldm.fast_path import compile_networks, round_frozen
+    from cldm.model import create_model
 
-
-def autocast(args: argparse.Namespace) -> AbstractContextManager[Any]:
-    """Mixed precision as both training scripts use it; nothing at 32 bits."""
-    import torch
-
-    if args.precision == "32":
-        return nullcontext()
-    return torch.autocast(args.device.partition(":")[0], dtype=torch.bfloat16)
-
-
-def our_loss(model: ControlLDM, args: argparse.Namespace) -> Callable[[Inputs], Tensor]:
-    """What `training_step` computes, at a given noise."""
+    cached, precision = name != "ours", "bf16" if name == "ours_fast" else args.precision
+    with torch.device("meta"):
+        twin = create_model(config).train()
+    stages = ("first_stage_model.", "cond_stage_model.")
+    state = {
+        key: value for key, value in model.state_dict().items() if not (cached and key.startswith(stages))
+    }
+    twin.load_state_dict(state, strict=False, assign=True)
+    if cached:
+        text = model.cached_text
+        twin.first_stage_model = twin.cond_stage_model = torch.nn.Identity()
+        twin.known_texts = lambda texts: text.expand(len(texts), -1, -1)
+    twin.to(args.device)  # moves nothing: Lightning would keep saying that the module is on meta
+    if name == "ours_fast":
+        round_frozen(twin)
+    if not args.only:  # all sides update the same weights, not copies of them
+        twin.control_model.load_state_dict(model.control_model.state_dict(), assign=True)
+    if args.compile:
+        compile_networks(twin, torch.device(args.device))
 
     def loss(inputs: Inputs) -> Tensor:
         batch = {"jpg": inputs.images, "txt": inputs.texts, "hint": inputs.hints}
-        with autocast(args):
-            x_start, cond = model.get_input(batch, model.first_stage_key)
-            return model.p_losses(x_start, cond, inputs.t, inputs.noise)[0]
+        batch |= {"moments": inputs.moments} if cached else {}
+        with autocast(args.device, precision):
+            x_start, cond = twin.get_input(batch, twin.first_stage_key)
+            return twin.p_losses(x_start, cond, inputs.t, inputs.noise)[0]
 
-    return loss
+    return Side(loss, twin.trainable_parameters(), twin.configure_optimizers())
+
+
+def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision as both training scripts use it; nothing at 32 bits."""
+    import torch
+
+    if precision == "32":
+        return nullcontext()
+    return torch.autocast(device.partition(":")[0], dtype=torch.bfloat16)
+
+
+def make_theirs(args: argparse.Namespace, name: str, model: ControlLDM, config: DictConfig) -> Side:
+    """The step of diffusers, with one of the two kinds of AdamW."""
+    import torch
+    from peers import make_peer
+
+    peer = make_peer(model, config)
+    trained = list(peer.controlnet.parameters())
+    options = {"fused": True} if name == "diffusers_fused" else {}
+    return Side(
+        their_loss(peer, args), trained, torch.optim.AdamW(trained, lr=model.learning_rate, **options)
+    )
 
 
 def their_loss(peer: Peer, args: argparse.Namespace) -> Callable[[Inputs], Tensor]:
@@ -138,7 +227,7 @@ def their_loss(peer: Peer, args: argparse.Namespace) -> Callable[[Inputs], Tenso
 
     def loss(inputs: Inputs) -> Tensor:
         images, hints = (x.permute(0, 3, 1, 2).contiguous() for x in (inputs.images, inputs.hints))
-        with autocast(args):
+        with autocast(args.device, args.precision):
             latents = peer.vae.encode(images.to(dtype)).latent_dist.sample() * peer.vae.config.scaling_factor
             noise = inputs.noise.to(dtype)
             noisy = scheduler.add_noise(latents, noise, inputs.t)
@@ -174,51 +263,76 @@ def make_inputs(args: argparse.Namespace, seed: int) -> Inputs:
     return Inputs(images, hints, [PROMPT] * args.batch, noise, t)
 
 
-def compare(args: argparse.Namespace, ours: Side, theirs: Side) -> dict[str, float]:
-    """Relative differences of the loss, and of the gradient of the first convolution that is trained.
+def compare(sides: dict[str, Side], inputs: Inputs) -> dict[str, Any]:
+    """Relative differences from diffusers of the loss and of the gradient of the first trained convolution.
 
     Every path of the control branch ends there, so it stands for all gradients.
     """
     import torch
     from oracles import relative_error
 
-    inputs = make_inputs(args, seed=0)
-    results = []
-    for side in (ours, theirs):
+    results = {}
+    for name in (*OURS, THEIRS[0]):
+        side = sides[name]
         torch.manual_seed(0)  # the draw from the posterior
         loss = side.loss(inputs)
         loss.backward()
         first = next(p for p in side.parameters if p.ndim == 4)
-        results.append((loss.detach(), first.grad.clone()))
+        results[name] = (loss.detach(), first.grad.clone())
         side.optimizer.zero_grad()
-    (our_loss, our_grad), (their_loss, their_grad) = results
-    return {
-        "relative_error": figures(relative_error(our_loss, their_loss), 2),
-        "relative_error_gradient": figures(relative_error(our_grad, their_grad), 2),
-    }
+    errors: dict[str, Any] = {}
+    for place, ending in enumerate(("", "_gradient")):
+        theirs = results[THEIRS[0]][place]
+        found = {name: figures(relative_error(results[name][place], theirs), 2) for name in OURS}
+        errors |= {f"relative_error{ending}": found["ours"]}
+        errors |= {f"relative_error{ending}_{name.partition('_')[2]}": found[name] for name in OURS[1:]}
+    return errors
 
 
-def measure(args: argparse.Namespace, sides: dict[str, Side]) -> dict[str, Any]:
+def measure(args: argparse.Namespace, sides: dict[str, Side], batches: dict[int, Inputs]) -> dict[str, Any]:
     """Time whole steps in turn, and within them the update."""
     updates: dict[str, list[float]] = {name: [] for name in sides}
+    flops = {name: count_flops(side, batches[0]) for name, side in sides.items() if args.peak_tflops}
     if args.device == "cpu":
-        share_state(sides, args)
+        share_state(sides, args, batches)
 
     def step_of(name: str) -> Callable[[int], None]:
-        return lambda i: updates[name].append(train_step(args, sides[name], make_inputs(args, i)))
+        return lambda i: updates[name].append(train_step(args, sides[name], batches[i]))
 
     calls = {name: step_of(name) for name in sides}
     steps = alternate(calls, args.steps, warmup=args.warmup, device=args.device)
     updates = {name: values[args.warmup :] for name, values in updates.items()}
     networks = {name: [a - b for a, b in zip(steps[name], updates[name], strict=True)] for name in sides}
-    optimizer = {name: {"optimizer_median_s": summary(updates[name])["median_s"]} for name in sides}
+    found: dict[str, Any] = {}
+    for name in sides:
+        found[name] = summary(steps[name])
+        found[name]["optimizer_median_s"] = summary(updates[name])["median_s"]
+        if args.peak_tflops:
+            reached = flops[name] / found[name]["median_s"] / 1e12
+            found[name] |= {
+                "tflop": figures(flops[name] / 1e12),
+                "share_of_peak": figures(reached / args.peak_tflops),
+            }
     return {
-        **{name: summary(steps[name]) | optimizer[name] for name in sides},
+        **found,
         "ratio": ratio(steps["diffusers"], steps["ours"]),
+        "ratio_cached": ratio(steps["diffusers"], steps["ours_cached"]),
+        "ratio_fast": ratio(steps["diffusers"], steps["ours_fast"]),
         "ratio_same_optimizer": ratio(steps["diffusers_fused"], steps["ours"]),
+        "ratio_fast_same_optimizer": ratio(steps["diffusers_fused"], steps["ours_fast"]),
         "ratio_network": ratio(networks["diffusers"], networks["ours"]),
         "ratio_optimizer": ratio(updates["diffusers"], updates["ours"]),
     }
+
+
+def count_flops(side: Side, inputs: Inputs) -> int:
+    """Floating-point operations of products, convolutions and attention in a step, without the update."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        side.loss(inputs).backward()
+    side.optimizer.zero_grad()
+    return counter.get_total_flops()
 
 
 def train_step(args: argparse.Namespace, side: Side, inputs: Inputs) -> float:
@@ -230,39 +344,51 @@ def train_step(args: argparse.Namespace, side: Side, inputs: Inputs) -> float:
     return now(args.device) - start
 
 
-def share_state(sides: dict[str, Side], args: argparse.Namespace) -> None:
-    """Let the optimizers work on the same moments: three times those of SD1.5 do not fit a small machine.
+def share_state(sides: dict[str, Side], args: argparse.Namespace, batches: dict[int, Inputs]) -> None:
+    """Let the optimizers work on the same moments: five times those of SD1.5 do not fit a small machine.
 
     The parameters are paired by the memory that they share.
     """
-    train_step(args, sides["ours"], make_inputs(args, -1))
+    train_step(args, sides["ours"], batches[min(batches)])
     ours = sides["ours"].optimizer.state
     by_memory = {parameter.data_ptr(): state for parameter, state in ours.items()}
-    for name in ("diffusers", "diffusers_fused"):
-        side = sides[name]
-        for parameter in side.parameters:
-            side.optimizer.state[parameter] = by_memory[parameter.data_ptr()]
+    for name, side in sides.items():
+        if name != "ours":
+            for parameter in side.parameters:
+                side.optimizer.state[parameter] = by_memory[parameter.data_ptr()]
 
 
 # -- memory of one side alone -----------------------------------------------------------------------------
 
 
-def run_alone(args: argparse.Namespace, side: Side) -> dict[str, float | None]:
-    """Peak memory of a process that trains with one side."""
+def run_alone(args: argparse.Namespace) -> dict[str, float | None]:
+    """Peak memory of a process that trains with one side, and its peak before the first step.
+
+    Pages of the mapped file of weights count where they were read, although the system can take them back.
+    """
     import torch
 
-    for i in range(args.warmup + args.steps):
-        train_step(args, side, make_inputs(args, i))
+    sides, batches, _ = make_sides(args, [args.only])
+    start = {"start_peak_rss_mib": memory_mib()["peak_rss_mib"]}
+    gc.collect()
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    forget_peak()
+    for i in range(args.steps):
+        train_step(args, sides[args.only], batches[i])
         say(f"{args.only} alone {i}")
     if args.device.startswith("cuda"):
-        return {"peak_gpu_mib": torch.cuda.max_memory_allocated() / 2**20, **memory_mib()}
-    return memory_mib()
+        return {"peak_gpu_mib": torch.cuda.max_memory_allocated() / 2**20, **memory_mib(), **start}
+    return memory_mib() | start
 
 
-def run_child(side: str, argv: Sequence[str] | None) -> dict[str, float | None]:
+def run_child(args: argparse.Namespace, side: str) -> dict[str, float | None]:
     """The same in a process of its own."""
-    arguments = sys.argv[1:] if argv is None else argv
-    command = [sys.executable, __file__, *arguments, "--only", side, "--steps", "2", "--warmup", "0"]
+    values = {"arch": args.arch, "batch": args.batch, "device": args.device, "precision": args.precision}
+    values |= {"weights": args.weights, "only": side, "steps": 2, "warmup": 0}
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    words += ["--size", *map(str, args.size), *(["--compile"] if args.compile else [])]
+    command = [sys.executable, __file__, *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 

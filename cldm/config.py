@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 PROJECT = Path(__file__).resolve().parents[1]
 RANDOM = "random"
 TRAINING_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-FROZEN_PRECISIONS = ("bf16",)
+FROZEN_PRECISIONS = (None, "bf16")
 FILE_PRECISIONS = ("32", "16")
 LOGGERS = ("tensorboard", "csv", "wandb")
 SCHEDULES = ("constant", "cosine", "one_cycle")  # their functions: ldm.models.learning_rate
@@ -27,6 +27,7 @@ SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SA
 CHOICES = {
     "data.cache_precision": FILE_PRECISIONS,
     "train.checkpoint_precision": FILE_PRECISIONS,
+    "train.frozen_precision": FROZEN_PRECISIONS,
     "train.logger": LOGGERS,
     "train.precision": TRAINING_PRECISIONS,
     "train.schedule": SCHEDULES,
@@ -221,6 +222,7 @@ def check_run(config: DictConfig) -> None:
     if config.train.ema >= 1:
         raise ValueError(f"expected train.ema below 1, found {config.train.ema}")
     check_choices(config)
+    check_frozen_precision(config)
     check_sample(config.sample)
 
 
@@ -229,7 +231,25 @@ def check_choices(config: DictConfig) -> None:
     for key, names in CHOICES.items():
         found = OmegaConf.select(config, key)
         if found not in names:
-            raise ValueError(f"expected {key} to be one of {', '.join(names)}, found {found!r}")
+            known = ", ".join("null" if name is None else name for name in names)
+            raise ValueError(f"expected {key} to be one of {known}, found {found!r}")
+
+
+def check_frozen_precision(config: DictConfig) -> None:
+    """Refuse rounded frozen weights where nothing computes in them, or where they would be saved."""
+    train = config.train
+    if train.frozen_precision is None:
+        return
+    if train.precision not in ("auto", "bf16-mixed"):
+        raise ValueError(
+            "expected train.precision of auto or bf16-mixed with train.frozen_precision=bf16, found"
+            f" {train.precision}"
+        )
+    if train.save_full:
+        raise ValueError(
+            "expected train.save_full=false with train.frozen_precision=bf16, whose frozen weights in memory"
+            " are rounded, found true; a checkpoint of what was trained names the file of the others"
+        )
 
 
 def check_sample(sample: SampleConfig | DictConfig) -> None:

@@ -15,11 +15,17 @@ def round_frozen(model: ControlLDM, dtype: torch.dtype = torch.bfloat16) -> None
     to the order of sums in another memory layout; but nothing is rounded again at each step, and half of the
     memory is free. Normalisations stay in float32, as autocast leaves them; so does everything that is
     trained. Freeing the decoder afterwards (`sd_locked = False`) would train it in `dtype`.
+
+    The rest of UNet and control branch is copied out of the file that it may be mapped to: as long as one
+    tensor is mapped, all that was read of the file counts as memory of the process.
     """
-    for layer in model.model.diffusion_model.modules():
+    for layer in model.model.modules():
         own = list(layer.parameters(recurse=False))
         if isinstance(layer, nn.Conv2d | nn.Linear) and not any(weight.requires_grad for weight in own):
             layer.to(dtype=dtype, memory_format=torch.channels_last)
+    for weight in [*model.model.parameters(), *model.control_model.parameters()]:
+        if weight.dtype != dtype:
+            weight.data = weight.data.clone()
 
 
 def compile_networks(model: ControlLDM, device: torch.device) -> None:
@@ -33,6 +39,7 @@ def compile_networks(model: ControlLDM, device: torch.device) -> None:
         raise ValueError(f"cannot compile for {device.type}: {lacking}; set train.compile=false")
     model.control_model.compile()
     model.model.diffusion_model.compile()
+    model.is_compiled = True
 
 
 def compiler_lacking(device: torch.device) -> str | None:

@@ -120,12 +120,18 @@ class ImageLogger(pl.Callback):
 
 @contextmanager
 def evaluating(trainer: pl.Trainer, model: ControlLDM) -> Iterator[None]:
-    """Evaluation mode, no graph, the precision of the run, all stages there; what was before comes back."""
+    """Evaluation mode, no graph, the precision of the run, all stages there; what was before comes back.
+
+    Compiled networks run as they are written, as other sizes than those of training would be compiled anew.
+    """
     was_training = model.training
     model.eval()
     try:
         average = model.average.applied(model) if getattr(model, "average", None) else nullcontext()
-        with torch.no_grad(), trainer.precision_plugin.forward_context(), model.lend_stages(), average:
+        compiled = getattr(model, "is_compiled", False)
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        precision = trainer.precision_plugin.forward_context()
+        with torch.no_grad(), precision, model.lend_stages(), average, eager:
             yield
     finally:
         model.train(was_training)

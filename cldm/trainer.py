@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cldm.averaging import AverageWeights
 from cldm.cldm import ControlLDM
 from cldm.config import RANDOM
-from cldm.finite import FiniteLoss
 from cldm.fast_path import compile_networks, round_frozen
+from cldm.finite import FiniteLoss
 from cldm.logger import ImageLogger, Samples
 from cldm.model import create_model, fast_precision, find_device, load_model_config, with_choices
 from cldm.progress import StepProgressBar, duration

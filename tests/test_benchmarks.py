@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from house import ROOT, run_script
 
-SCRIPTS = ("train_step.py", "sample_step.py", "start_up.py")
+SCRIPTS = ("train_step.py", "fast_quality.py", "sample_step.py", "start_up.py")
 SMALL = ("--size", "64", "64")
 
 
@@ -47,6 +47,7 @@ def test_help_is_the_docstring(script: str) -> None:
     [
         ("train_step.py", ("--size", "64", "100"), "--size"),
         ("sample_step.py", ("--steps", "0"), "--steps"),
+        ("fast_quality.py", ("--seeds", "1"), "--seeds"),
         ("start_up.py", ("--ckpt", "models/cldm_v15.yaml"), "--diffusers"),
     ],
 )
@@ -91,11 +92,29 @@ def test_memory_of_this_process_grows_by_what_it_takes(common: ModuleType) -> No
 
 @pytest.mark.slow
 def test_a_training_step_is_that_of_diffusers() -> None:
-    record = run_benchmark("train_step.py", "--batch", "2", "--steps", "1", "--memory")
-    assert record["relative_error"] < 1e-5
-    assert record["relative_error_gradient"] < 1e-4
-    assert record["ratio"]["median"] > 0
-    assert record["memory"]["ours"]["peak_rss_mib"] > 100
+    arguments = ("--batch", "2", "--steps", "1", "--memory", "--peak_tflops", "1")
+    record = run_benchmark("train_step.py", *arguments)
+    for side in ("", "_cached"):
+        assert record[f"relative_error{side}"] < 1e-5
+        assert record[f"relative_error_gradient{side}"] < 1e-4
+    assert 0 < record["relative_error_fast"] < 0.01
+    assert 0 < record["relative_error_gradient_fast"] < 0.05
+    assert all(record[name]["median"] > 0 for name in ("ratio", "ratio_cached", "ratio_fast"))
+    assert record["cache_fill_s_per_image"] > 0
+    for side in ("ours", "ours_cached", "ours_fast", "diffusers"):
+        assert record["memory"][side]["peak_rss_mib"] > 100
+        assert record[side]["share_of_peak"] > 0
+    assert record["ours_cached"]["tflop"] < record["ours"]["tflop"], "nothing is encoded"
+
+
+@pytest.mark.slow
+def test_the_fast_path_is_held_against_the_spread_of_seeds() -> None:
+    arguments = ("--batch", "2", "--steps", "2", "--samples", "4", "--held_out", "4", "--seeds", "2")
+    record = run_benchmark("fast_quality.py", *arguments)
+    assert {len(losses) for losses in record["loss"].values()} == {2}
+    for losses in record["loss"].values():
+        assert losses == pytest.approx(record["loss"]["plain"], rel=0.02)
+    assert record["spread_of_seeds"] > 0
 
 
 @pytest.mark.slow

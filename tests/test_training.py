@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -655,3 +656,34 @@ def test_the_projection_is_the_first_step_times_the_steps(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, logger="cldm.progress"):
         StepProgressBar().project(7.2, 1000)
     assert caplog.messages == ["the first step took 7.2 s on the CPU; 1000 steps take about 2:00:00"]
+
+
+# -- the fast path ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_rounded_frozen_weights_train_as_under_autocast_and_are_not_written(
+    recipe: Recipe, start: Path, tmp_path: Path, cached: bool
+) -> None:
+    words = ["train.val_freq=1", "--logger_freq", "2", "data.val_split=train"]
+    words += [f"data.cache={tmp_path / 'cache'}"] if cached else []
+    plain = recipe.run(tmp_path / "plain", *words, "train.precision=bf16-mixed")
+    words += ["train.frozen_precision=bf16", "train.activation_checkpointing=true"]
+    fast = recipe.run(tmp_path / "fast", *words)
+    assert fast.grids == ["step=000000.png", "step=000002.png"]
+    before = tensors(start)
+    expected, found = (tensors(run.folder / "checkpoints/step=000002.safetensors") for run in (plain, fast))
+    assert set(found) == set(expected) == {key for key in before if key.startswith("control_model.")}
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    moved = torch.cat([(expected[key] - before[key]).flatten() for key in sorted(found)])
+    ours = torch.cat([(found[key] - before[key]).flatten() for key in sorted(found)])
+    assert torch.nn.functional.cosine_similarity(ours, moved, dim=0) > 0.97  # Adam's first steps are signs
+    losses = [(run.folder / "validation.jsonl").read_text().splitlines() for run in (plain, fast)]
+    for ours_line, theirs_line in zip(*losses, strict=True):
+        pair = [json.loads(line)["loss_simple"] for line in (ours_line, theirs_line)]
+        assert pair[0] == pytest.approx(pair[1], rel=0.02)
+    for key, value in fast.model.state_dict().items():
+        if key.startswith("model.diffusion_model."):
+            assert torch.equal(value, before[key].to(value.dtype)), f"{key} is frozen"
+            assert value.dtype == (torch.bfloat16 if value.ndim > 1 else value.dtype)

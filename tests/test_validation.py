@@ -21,11 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import tool_add_control
 import tutorial_train
 from cldm import trainer as parts
 from cldm.cldm import ControlLDM
 from cldm.tensor_writing import write_tensors
 from cldm.validation import LossCurve, Validation, golden, summary
+from datasets.streets.tree import Plan, make_tree
 from ldm.models.diffusion.schedule import NoiseSchedule, at, make_betas
 
 T = 1000
@@ -387,3 +389,30 @@ def test_the_curve_is_the_undivided_loss_of_all_batches_in_between(
     trainer.fit(Counting(), DataLoader(torch.zeros(20, 1)))
     found = lines(tmp_path / "training.jsonl")
     assert found == [{"step": 2, "loss_simple": means[0]}, {"step": 4, "loss_simple": means[1]}]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_the_signal_fires_on_streets_and_not_where_maps_belong_to_other_photos(
+    tmp_path: Path, is_shuffled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_tree(tmp_path / "streets", Plan("camera", size=(128, 256), train=200, val=32), workers=1)
+    if is_shuffled:
+        maps = sorted((tmp_path / "streets/gtFine/train").rglob("*_labelIds.png"))
+        contents = [path.read_bytes() for path in maps]
+        for path, content in zip(maps, contents[1:] + contents[:1], strict=True):
+            path.write_bytes(content)
+    start = tmp_path / "start.safetensors"
+    tool_add_control.main(["models/streets_base.safetensors", str(start)])
+    words = ["--dataset", "streets", "--resume_path", str(start), f"data.root={tmp_path / 'streets'}"]
+    words += ["train.keep_latents=false", f"data.cache={tmp_path / 'cache'}", "data.num_workers=0"]
+    words += ["--max_steps", "300", "train.val_freq=50", "train.grid_images=0", "train.val_samples=32"]
+    if is_shuffled:
+        with pytest.raises(SystemExit):
+            tutorial_train.main([*words, "--default_root_dir", str(tmp_path)])
+        words.append("data.check=false")
+    with caplog.at_level("INFO"):
+        folder = train(tmp_path, words)
+    said = [record for record in caplog.records if "the model follows its hints" in record.getMessage()]
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert len(said) == (0 if is_shuffled else 1), [line["adherence"] for line in lines]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.modules.attention import Context, SpatialTransformer
-from ldm.modules.diffusionmodules.util import maybe_checkpoint, zero_module
+from ldm.modules.diffusionmodules.util import Conv3x3, maybe_checkpoint, zero_module
 
 
 class ResBlock(nn.Module):
@@ -25,14 +25,14 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(norm_groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(norm_groups, channels), nn.SiLU(), Conv3x3(channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(norm_groups, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv3x3(out_channels, out_channels)),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -51,7 +51,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Conv3x3(channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, ceil(h / 2), ceil(w / 2))."""
@@ -63,7 +63,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
