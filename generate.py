@@ -141,7 +141,8 @@ def fill_from_run(args: argparse.Namespace) -> SampleConfig:
     run = read_recorded_run(
         args.ckpt, {field.name: getattr(args, field.name) for field in fields(SampleConfig)}
     )
-    args.prompt = next(text for text in (args.prompt, run.prompt, "{caption}") if text is not None)
+    if args.prompt is None:
+        args.prompt = run.prompt or "{caption}"  # runs of old recorded no sentence where they took captions
     args.words, args.words_seed = run.words, run.seed
     args.size = tuple(args.size) if args.size else run.size
     args.encoding = args.encoding or run.hint or "colours"

@@ -554,6 +554,11 @@ def test_prompts_are_filled_in_as_in_the_training_run(
         with pytest.raises(SystemExit):
             script.main([*words, "--out", str(tmp_path / "1"), *more])
         assert said in capsys.readouterr().err
+    notes["run_config"] = "data: {prompt: ''}"
+    write_tensors(tmp_path / "old.safetensors", model.state_dict(), notes)
+    script.main(["--ckpt", str(tmp_path / "old.safetensors"), *words[2:], "--out", str(tmp_path / "2")])
+    with Image.open(tmp_path / "2" / f"{hint.stem}_seed0.png") as image:
+        assert json.loads(image.text["scenecontrol"])["prompt"] == "Ulm"
 
 
 def test_hints_look_as_in_the_training_run(
