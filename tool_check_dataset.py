@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cldm.config import load_run_config
     from datasets.check import check_dataset, open_source, options_among
+    from datasets.files import write_text
 
     logger = logging.getLogger("datasets")
     level = logger.level
@@ -82,16 +82,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         logger.setLevel(level)
     sys.exit(0 if report.may_train else 1)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_sheet(path: Path, source: Source, report: Report, rows: int) -> None:

@@ -40,19 +40,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, choose, write, report."""
     args = parse_args(argv)
-    from cldm.export import DTYPES, export_control
-    from cldm.tensor_writing import write_tensors
+    from cldm.export import DTYPES, write_control
 
     try:
-        tensors, notes = export_control(args.source, args.target, DTYPES[args.dtype], args.base)
-        args.target.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(args.target, tensors, notes)
+        count, base = write_control(args.source, args.target, DTYPES[args.dtype], args.base)
     except (ValueError, OSError) as error:
         refuse(str(error))
     size = args.target.stat().st_size / 2**20
-    print(
-        f"wrote {args.target}: {len(tensors)} tensors in {args.dtype}, {size:.1f} MiB, base {notes['base']}"
-    )
+    print(f"wrote {args.target}: {count} tensors in {args.dtype}, {size:.1f} MiB, base {base}")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ def train(config: DictConfig) -> None:
     """Data -> model -> trainer -> fit."""
     import pytorch_lightning as pl
 
+    from cldm.run_state import folder_of, state_to_resume
     from cldm.trainer import build_callbacks, build_loader, build_model, build_trainer, count_samples
     from datasets.stream import Stream
 
@@ -229,37 +230,14 @@ def export(config: DictConfig, saver: Any) -> None:
     """Write the control branch of the last checkpoint for others to read."""
     import torch
 
-    from cldm.export import export_control
-    from cldm.tensor_writing import write_tensors
+    from cldm.export import write_control
 
-    target = Path(config.train.export_at_end)
+    target = config.train.export_at_end
     try:
-        tensors, notes = export_control(saver.last_weights, target, torch.float16)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(target, tensors, notes)
+        write_control(saver.last_weights, target, torch.float16)
     except (ValueError, OSError) as error:
         refuse(str(error))
     log.info("wrote %s, the control branch alone", target)
-
-
-def folder_of(state: Path | None, config: DictConfig) -> str | None:
-    """The version folder of a state, in which its run goes on; None for a state from elsewhere."""
-    runs = Path(config.train.default_root_dir).resolve() / "lightning_logs"
-    if state is None or state.resolve().parents[2] != runs:
-        return None
-    return state.parents[1].name
-
-
-def state_to_resume(config: DictConfig, base: str | None) -> Path | None:
-    """The state that --resume names, if it is of a run with these settings."""
-    from cldm.run_state import check_same_run, find_state
-
-    if config.train.resume is None:
-        return None
-    state = find_state(config.train.resume, config.train.default_root_dir)
-    check_same_run(state, config, base)
-    log.info("going on from %s", state)
-    return state
 
 
 def dataset_options(config: DictConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
     from cldm.validation import Validation
 
-START = "models/control_streets_ini.safetensors"
+BASE = "models/streets_base.safetensors"
 LEARNING_RATES = {"streets": 5e-4, "sd15": 1e-5}
 PATHS = ("plain", "fast")
 
@@ -108,10 +108,17 @@ def summary_of(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 def make_model(args: argparse.Namespace) -> ControlLDM:
     """The Streets base with a fresh control branch, or SD1.5 with random weights."""
-    from cldm.model import create_model
-
     if args.arch == "streets":
-        return create_model(ARCHITECTURES["streets"], START).to(args.device)
+        from cldm.add_control import add_control
+        from cldm.checkpoint import to_model_keys
+        from cldm.model import create_model, load_model_config, load_weights
+        from cldm.tensor_files import read_tensors
+
+        config = load_model_config(ARCHITECTURES["streets"])
+        model = create_model(config)
+        state, _ = add_control(config, to_model_keys(read_tensors(BASE)))
+        load_weights(model, to_model_keys(state), where=BASE)
+        return model.to(args.device)
     import peers
 
     return peers.make_model(args.arch)[0].to(args.device)

@@ -23,11 +23,6 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time
 
-# Share of the labelled pixels in Cityscapes' training set, by train id, as published.
-PUBLISHED = (
-    *(0.369, 0.061, 0.228, 0.0066, 0.0088, 0.0123, 0.0021, 0.0055, 0.159, 0.0116),
-    *(0.040, 0.0122, 0.0014, 0.070, 0.0027, 0.0024, 0.0023, 0.0010, 0.0041),
-)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -93,6 +88,7 @@ def render_some(worker: int, count: int, size: tuple[int, int]) -> tuple[float, 
 
 def shares(args: argparse.Namespace) -> dict[str, object]:
     """Share of the labelled pixels by class, ours and Cityscapes', and the share of void."""
+    from datasets.check.plausible_ids import CITYSCAPES
     from datasets.label_space import LabelSpace
     from datasets.streets.tree import label_statistics
 
@@ -105,7 +101,7 @@ def shares(args: argparse.Namespace) -> dict[str, object]:
             "cityscapes": published,
             "ratio": round(count / sum(counts) / published, 2),
         }
-        for name, count, published in zip(space.names, counts, PUBLISHED, strict=True)
+        for name, count, published in zip(space.names, counts, CITYSCAPES, strict=True)
     }
     void = 1 - sum(counts) / int(pixels.sum())
     return {"scenes": args.scenes, "size": args.size, "void": round(void, 4), "classes": rows}

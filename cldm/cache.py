@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
+from cldm.model import PRECISIONS
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
 from ldm.models.autoencoder import AutoencoderKL
@@ -41,7 +42,6 @@ Identity = dict[str, Any]  # JSON values
 SAMPLES, TEXTS = "samples", "texts"
 SHARD_BYTES = 1 << 28
 TEXTS_AT_ONCE, TEXTS_IN_SHARD = 32, 1024
-DTYPES = {"32": torch.float32, "16": torch.float16}
 
 
 class Rows(Protocol):
@@ -177,7 +177,7 @@ def encoded(
     images = torch.cat([images, images[-1:].expand(batch_size - count, -1, -1, -1)])
     moments = model.encode_first_stage(images).parameters[:count]
     kept = {name: torch.as_tensor(value) for name, value in batch.items() if name != "jpg"}
-    return {"moments": moments.to("cpu", DTYPES[dtype]), **kept}
+    return {"moments": moments.to("cpu", PRECISIONS[dtype]), **kept}
 
 
 # -- texts -------------------------------------------------------------------------------------------------
@@ -216,15 +216,15 @@ def write_texts(
     shards = sorted(target.glob("*.safetensors"))
     for path in shards:
         check_identity(path, identity)
-    known = set(TextTable(folder).rows)
-    new = sorted({"", *texts} - known)
+    table = TextTable(folder)
+    new = sorted({"", *texts} - set(table.rows))
     with tqdm(total=len(new), desc="embedding prompts", unit="prompt", disable=len(new) < 2) as bar:
         for number, start in enumerate(range(0, len(new), TEXTS_IN_SHARD), len(shards)):
             embeddings, places = embedded(new[start : start + TEXTS_IN_SHARD], encoder, bar)
             notes = {"identity": json.dumps(identity), "texts": json.dumps(places)}
             path = target / f"{number:05d}.safetensors"
-            write_tensors(path, {"embeddings": embeddings.to(DTYPES[dtype])}, notes)
-    return TextTable(folder)
+            write_tensors(path, {"embeddings": embeddings.to(PRECISIONS[dtype])}, notes)
+    return TextTable(folder) if new else table
 
 
 @torch.no_grad()

@@ -10,11 +10,25 @@ from torch import Tensor
 
 from cldm.checkpoint import SCHEDULE_KEYS, parts, to_model_keys
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
+from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes, base_of
 
 CONTROL = "control_model."
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KEPT_NOTES = ("model_config", "run_config", "step")
+
+
+def write_control(
+    checkpoint: str | Path, target: str | Path, dtype: torch.dtype, base: str | Path | None = None
+) -> tuple[int, str]:
+    """Write the control branch of a checkpoint as `export_control` has it.
+
+    Returns the number of tensors, and the base that is recorded.
+    """
+    tensors, notes = export_control(checkpoint, target, dtype, base)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(target, tensors, notes)
+    return len(tensors), notes["base"]
 
 
 def export_control(

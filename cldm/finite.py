@@ -16,8 +16,9 @@ log = logging.getLogger(__name__)
 class FiniteLoss(pl.Callback):
     """Skips optimizer steps whose loss is not finite on any rank, names their samples, counts them.
 
-    The decision stays on the device: the fused optimizer leaves its weights and moments as they are where
-    `found_inf` is set. What was skipped is read every `every` steps, as reading waits for the device.
+    The decision stays on the device: a fused optimizer leaves its weights and moments as they are where
+    `found_inf` is set; from any other one the gradients are taken away. What was skipped is read every
+    `every` steps, as reading waits for the device.
 
     limit  skipped steps that a run bears
 
@@ -50,7 +51,10 @@ class FiniteLoss(pl.Callback):
         bad = torch.stack(self.bad).any().float()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        optimizer.found_inf, optimizer.grad_scale = bad, None
+        if optimizer.param_groups[0].get("fused"):
+            optimizer.found_inf, optimizer.grad_scale = bad, None
+        elif bad:  # waits for the device
+            optimizer.zero_grad(set_to_none=True)
         self.steps.append((trainer.global_step + 1, bad, self.keys, self.bad))
         self.bad, self.keys = [], []
 

@@ -127,9 +127,8 @@ def evaluating(trainer: pl.Trainer, model: ControlLDM) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        average = model.average.applied(model) if getattr(model, "average", None) else nullcontext()
-        compiled = getattr(model, "is_compiled", False)
-        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        average = model.average.applied(model) if model.average else nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if model.is_compiled else nullcontext()
         precision = trainer.precision_plugin.forward_context()
         with torch.no_grad(), precision, model.lend_stages(), average, eager:
             yield

@@ -19,6 +19,7 @@ from torch import Tensor
 from cldm.slices import first_difference
 from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors
 from cldm.tensor_writing import write_tensors
+from cldm.weights import recorded_yaml
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,31 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     raise CheckpointError(f"expected the state of a run, found {str(tree)[:60]}")
 
 
+def state_to_resume(config: DictConfig, base: str | None) -> Path | None:
+    """The state that `train.resume` names, if it is of a run with these settings; None without that.
+
+    base  fingerprint of the file that holds the frozen weights; None if they are random
+
+    Raises
+        FileNotFoundError  none is there
+        CheckpointError    it is that of another run
+    """
+    if config.train.resume is None:
+        return None
+    state = find_state(config.train.resume, config.train.default_root_dir)
+    check_same_run(state, config, base)
+    log.info("going on from %s", state)
+    return state
+
+
+def folder_of(state: Path | None, config: DictConfig) -> str | None:
+    """The version folder of a state, in which its run goes on; None for a state from elsewhere."""
+    runs = Path(config.train.default_root_dir).resolve() / "lightning_logs"
+    if state is None or state.resolve().parents[2] != runs:
+        return None
+    return state.parents[1].name
+
+
 def find_state(name: str, root: str | Path) -> Path:
     """The state file that `--resume` names; "last" is the newest below `root` that can be read.
 
@@ -143,13 +169,11 @@ def check_same_run(path: Path, config: DictConfig, base: str | None) -> None:
         raise CheckpointError(
             f"{path} is the state of a run on other frozen weights than those of {config.model.checkpoint}"
         )
-    text = notes.get("run_config")
-    if text is None:
+    recorded = recorded_yaml(path, "run_config")
+    if recorded is None:
         raise CheckpointError(f"{path}: expected the settings of its run in it, found none")
     free = FREE if config.train.schedule == "constant" else [key for key in FREE if key != "train.max_steps"]
-    theirs, ours = (
-        OmegaConf.to_container(run, resolve=False) for run in (OmegaConf.create(text), config.copy())
-    )
+    theirs, ours = (OmegaConf.to_container(run, resolve=False) for run in (recorded, config))
     for settings in (theirs, ours):
         for key in free:
             section, _, name = key.rpartition(".")

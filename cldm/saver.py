@@ -25,6 +25,7 @@ from torch import Tensor
 from cldm.checkpoint import SCHEDULE_KEYS, with_position_ids
 from cldm.cldm import ControlLDM
 from cldm.digests import fingerprint
+from cldm.model import PRECISIONS
 from cldm.run_state import FOLDER, SUFFIX
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 BEST = "best.safetensors"
 KEPT_STATES = 2  # the last one, and one to fall back on
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-DTYPES = {"32": torch.float32, "16": torch.float16}
 
 
 class ControlCheckpoint(pl.Callback):
@@ -67,21 +67,24 @@ class ControlCheckpoint(pl.Callback):
         self.base = base
         self.carried = frozenset(carried)
         self.notes = dict(notes or {})
-        self.dtype = DTYPES[precision]
+        self.dtype = PRECISIONS[precision]
         self.keep_last = keep_last
         self.full = full
-        self.last_step = 0
+        self.last_step = self.seen_step = 0
         self.batches = 0  # behind the last optimizer step
         self.best_loss = math.inf
         self.last_weights: Path | None = None
         self.signal: int | None = None
         self.handlers: dict[int, Any] = {}  # that were there before
+        self.hosts: Any = None  # group of the processes in which no GPU is waited for
 
     # -- when to save ------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Fix the folder: asking Lightning for it is a collective, so every rank does it here."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.world_size > 1:
+            self.hosts = torch.distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals; Lightning has taken SIGTERM before, and would stop in the middle of a step.
@@ -105,14 +108,16 @@ class ControlCheckpoint(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save behind an optimizer step when it is time, or when the run is to stop."""
         step = trainer.global_step
-        if step == getattr(self, "seen_step", 0):
+        if step == self.seen_step:
             return  # within an optimizer step
         self.seen_step = step
         self.batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         self.keep_best(trainer, pl_module)
         stop = self.signal is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if self.hosts is not None:
+            told = torch.tensor(int(stop))
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self.hosts)
+            stop = bool(told)
         if stop:
             trainer.should_stop = True
         if stop or step % self.every == 0:
@@ -183,7 +188,7 @@ class ControlCheckpoint(pl.Callback):
     @rank_zero_only
     def keep_best(self, trainer: pl.Trainer, model: ControlLDM) -> None:
         """Write the weights of the lowest loss on the validation samples; a NaN is never the lowest."""
-        step, found = trainer.global_step, getattr(model, "validation_loss", None)
+        step, found = trainer.global_step, model.validation_loss
         if found is None or found[0] != step or not found[1] < self.best_loss:
             return
         self.best_loss = found[1]

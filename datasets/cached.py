@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from datasets.base import FramedDataset, View, to_signed
+from datasets.files import write_text
 from datasets.framing import Views
 from datasets.prompts import CLASSES
 
@@ -155,9 +155,7 @@ def digest_of_files(source: FramedDataset, folder: Path) -> str:
         found = dict(zip(files, rows, strict=True))
     if found != known:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{FILES}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(folder / FILES)
+        write_text(folder / FILES, json.dumps(found))
     whole = hashlib.blake2b(digest_size=16)
     for key, paths in frames:
         whole.update(json.dumps([key, *(found[str(path)][2] for path in paths)]).encode())

@@ -1,7 +1,8 @@
-"""Reading pictures and label maps: what a file holds is told by its content, and a map must be lossless."""
+"""Files of pictures, label maps and texts: what one holds is told by its content; a map must be lossless."""
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import cv2
@@ -51,6 +52,17 @@ def is_colour_map(path: str | Path) -> bool:
             return image.mode in ("RGB", "RGBA")
     except OSError as error:
         raise ValueError(f"{path}: expected a picture, found {error}. Replace it.") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_label_file(image: Image.Image, path: str | Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ImageColor
 from tqdm import tqdm
 
+from datasets.files import write_text
 from datasets.triples import TriplesDataset
 
 CIRCLES = 50_000
@@ -72,9 +73,7 @@ def make_fill50k(root: str | Path, count: int = CIRCLES, side: int = SIDE, seed:
     draw = partial(draw_circle, root, side=side, seed=seed)
     with ThreadPoolExecutor() as pool:
         rows = list(tqdm(pool.map(draw, range(count)), total=count, desc=f"drawing {root}", unit="circle"))
-    partial_list = root / f".{LIST}.partial"
-    partial_list.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial_list.replace(root / LIST)
+    write_text(root / LIST, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def draw_circle(root: Path, number: int, *, side: int, seed: int) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datasets.base import Sample
+from datasets.files import write_text
 from datasets.segmentation import SegmentationDataset
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,7 @@ class ClassStatistics:
             BY_CLASS: by_class,
         }
         for name, value in content.items():
-            partial = Path(folder) / f".{name}.{os.getpid()}.partial"
-            partial.write_text(json.dumps(value), encoding="utf-8")
-            partial.replace(Path(folder) / name)
+            write_text(Path(folder) / name, json.dumps(value))
 
     @classmethod
     def read(cls, folder: str | Path, num_classes: int) -> ClassStatistics:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from small_runs import IDS, write_block_frames
 from torch import Tensor
 
 import tutorial_train
@@ -29,21 +30,13 @@ from datasets.rare_classes import draw_rare_classes
 from datasets.triples import TriplesDataset
 
 FRAMES, SIZE = 5, (64, 64)
-IDS = np.array([7, 26, 23, 0], np.uint8)  # road, car, sky, void
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Cityscapes with five frames to train on and two to show, twice as wide as the samples."""
-    root, rng = tmp_path / "cityscapes", np.random.default_rng(0)
-    for split, count in (("train", FRAMES), ("val", 2)):
-        for i in range(count):
-            blocks = rng.integers(0, len(IDS), (4, 8)).repeat(16, axis=0).repeat(16, axis=1)
-            photo = (60 * blocks[..., None] + rng.integers(0, 40, (64, 128, 3))).astype(np.uint8)
-            for folder, kind, array in (("leftImg8bit", "", photo), ("gtFine", "_labelIds", IDS[blocks])):
-                path = root / folder / split / "ulm" / f"ulm_{i:06d}_000019_{folder}{kind}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(path)
+    root = tmp_path / "cityscapes"
+    write_block_frames(root, train=FRAMES, val=2)
     return root
 
 

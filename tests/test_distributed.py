@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from small_runs import write_streets_run
 
 from cldm.cldm import ControlLDM
 from cldm.tensor_files import read_tensors
-from cldm.tensor_writing import write_tensors
-from datasets.streets.tree import Plan, make_tree
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -116,17 +114,7 @@ def train(tmp_path: Path, recipe: Path, name: str, processes: int, *words: str, 
 def test_two_processes_train_as_one_with_twice_the_batch_and_resume(
     tmp_path: Path, tiny_yaml: Path, tiny_model_once: ControlLDM
 ) -> None:
-    make_tree(tmp_path / "streets", Plan("camera", size=(64, 128), train=5, val=2), workers=1)
-    write_tensors(tmp_path / "start.safetensors", tiny_model_once.state_dict())
-    content = {
-        "model": {"config": str(tiny_yaml), "checkpoint": str(tmp_path / "start.safetensors")},
-        "data": {"name": "streets", "root": str(tmp_path / "streets"), "size": [64, 128], "num_workers": 0}
-        | {"flip": 0.5, "drop_prompt": 0.3, "check": False},
-        "train": {"batch_size": 2, "accumulate": 2, "lr": 1.0e-3, "max_steps": 4, "grid_images": 0}
-        | {"val_freq": 0, "checkpoint_freq": 2, "checkpoint_precision": "32", "ema": 0.9},
-    }
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe = write_streets_run(tmp_path, tiny_yaml, tiny_model_once, max_steps=4, checkpoint_freq=2, ema=0.9)
     one = train(tmp_path, recipe, "one", 1, "--batch_size", "4")
     two = train(tmp_path, recipe, "two", 2)
     ours, theirs = (read_tensors(run / "checkpoints/step=000004.safetensors") for run in (two, one))

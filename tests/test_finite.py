@@ -18,8 +18,9 @@ from cldm.finite import FiniteLoss
 class Line(pl.LightningModule):
     """Fits a slope; remembers it behind each optimizer step."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = True) -> None:
         super().__init__()
+        self.fused = fused
         self.slope = nn.Parameter(torch.zeros(1))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
         self.seen: list[float] = []
@@ -31,7 +32,7 @@ class Line(pl.LightningModule):
         self.seen.append(self.slope.item())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([self.slope], lr=0.1, weight_decay=0, fused=True)
+        return torch.optim.AdamW([self.slope], lr=0.1, weight_decay=0, fused=self.fused)
 
 
 def rows(*bad: int, count: int = 12) -> list[dict[str, Any]]:
@@ -49,8 +50,9 @@ def fit(model: Line, data: list[dict[str, Any]], *callbacks: pl.Callback, **opti
     trainer.fit(model, DataLoader(data, batch_size=2))
 
 
-def test_a_step_is_skipped_and_its_samples_named(caplog: pytest.LogCaptureFixture) -> None:
-    model, whole = Line(), Line()
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_skipped_and_its_samples_named(caplog: pytest.LogCaptureFixture, fused: bool) -> None:
+    model, whole = Line(fused), Line(fused)
     with caplog.at_level("WARNING"):
         fit(model, rows(5), FiniteLoss(limit=3))
     fit(whole, rows(count=10))

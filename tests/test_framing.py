@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from small_runs import write_frame
 from torch.utils.data import DataLoader
 
 from datasets.cityscapes import CityscapesDataset
@@ -149,10 +149,7 @@ def tree(tmp_path: Path) -> Path:
         photo = np.zeros((64, 128, 3), np.uint8)
         photo[..., 0], photo[..., 1], photo[..., 2] = columns, np.arange(64)[:, None], i
         ids = np.broadcast_to(np.where(columns < 64, 7, 8).astype(np.uint8), (64, 128))
-        for kind, suffix, array in (("leftImg8bit", "", photo), ("gtFine", "_labelIds", ids)):
-            path = tmp_path / kind / "train" / "ulm" / f"ulm_00000{i}_000019_{kind}{suffix}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
+        write_frame(tmp_path, "train", f"ulm_00000{i}_000019", photo, ids)
     return tmp_path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import write_frame
 
 from datasets.cityscapes import CityscapesDataset
 from datasets.rare_classes import (
@@ -37,13 +38,7 @@ def tree(tmp_path: Path) -> Path:
             start += int(rng.integers(50, 500))
             ids[start : start + area] = file_id
             start += area
-        for kind, suffix, array in (
-            ("leftImg8bit", "", np.zeros((64, 128, 3), np.uint8)),
-            ("gtFine", "_labelIds", ids.reshape(64, 128)),
-        ):
-            path = tmp_path / kind / "train" / "ulm" / f"{key}_{kind}{suffix}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
+        write_frame(tmp_path, "train", key, np.zeros((64, 128, 3), np.uint8), ids.reshape(64, 128))
     return tmp_path
 
 

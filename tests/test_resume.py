@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from PIL import Image
+from small_runs import write_block_frames
 
 import tutorial_train
 from cldm import trainer as parts
@@ -31,15 +31,8 @@ def words(
     tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path, tiny_model_once: ControlLDM
 ) -> list[str]:
     """The command line of a run on five small frames, with accumulation and all that is random."""
-    root, rng = tmp_path_factory.mktemp("cityscapes"), np.random.default_rng(0)
-    for split, count in (("train", 5), ("val", 2)):
-        for i in range(count):
-            blocks = rng.integers(0, len(IDS), (4, 8)).repeat(16, axis=0).repeat(16, axis=1)
-            photo = (60 * blocks[..., None] + rng.integers(0, 40, (64, 128, 3))).astype(np.uint8)
-            for folder, kind, array in (("leftImg8bit", "", photo), ("gtFine", "_labelIds", IDS[blocks])):
-                path = root / folder / split / "ulm" / f"ulm_{i:06d}_000019_{folder}{kind}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(path)
+    root = tmp_path_factory.mktemp("cityscapes")
+    write_block_frames(root, train=5, val=2)
     start = root / "start.safetensors"
     write_tensors(start, tiny_model_once.state_dict())
     content = {

@@ -92,11 +92,10 @@ def test_files_hold_what_was_trained_or_everything(
 
 
 def test_weights_of_a_locked_sd15_run_are_an_eighth_of_the_original_checkpoint() -> None:
-    from cldm.model import create_model
-    from cldm.saver import DTYPES
+    from cldm.model import PRECISIONS, create_model
 
     with torch.device("meta"):
         model = create_model("models/cldm_v15.yaml")
     count = sum(parameter.numel() for parameter in model.control_model.parameters())
-    size = count * torch.empty((), dtype=DTYPES["16"]).element_size()
+    size = count * torch.empty((), dtype=PRECISIONS["16"]).element_size()
     assert size / 5.71e9 < 0.25  # control_sd15_seg.pth, as published

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from small_runs import write_streets_run
 
 from cldm.cldm import ControlLDM
 from cldm.run_state import FOLDER, SUFFIX, find_state
 from cldm.tensor_files import read_metadata, read_shapes, read_tensors
-from cldm.tensor_writing import write_tensors
-from datasets.streets.tree import Plan, make_tree
 
 ROOT = Path(__file__).parents[1]
 KILLS, STEPS = 20, 400
@@ -48,17 +46,9 @@ def files_of(folder: Path) -> list[Path]:
 def test_killed_at_random_moments_it_ends_bit_by_bit_the_same(
     tmp_path: Path, tiny_yaml: Path, tiny_model_once: ControlLDM
 ) -> None:
-    make_tree(tmp_path / "streets", Plan("camera", size=(64, 128), train=6, val=2), workers=1)
-    write_tensors(tmp_path / "start.safetensors", tiny_model_once.state_dict())
-    content = {
-        "model": {"config": str(tiny_yaml), "checkpoint": str(tmp_path / "start.safetensors")},
-        "data": {"name": "streets", "root": str(tmp_path / "streets"), "size": [64, 128], "num_workers": 1}
-        | {"flip": 0.5, "drop_prompt": 0.3, "check": False},
-        "train": {"batch_size": 2, "accumulate": 2, "lr": 1.0e-3, "max_steps": STEPS, "grid_images": 0}
-        | {"val_freq": 0, "checkpoint_freq": 3, "checkpoint_precision": "32", "ema": 0.99, "keep_last": 2},
-    }
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe = write_streets_run(
+        tmp_path, tiny_yaml, tiny_model_once, max_steps=STEPS, checkpoint_freq=3, ema=0.99, keep_last=2
+    )
     assert start(recipe, tmp_path / "whole").wait(timeout=1800) == 0
     parts, rng = tmp_path / "parts", random.Random(0)
     resume: list[str] = []

@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from small_runs import write_frame
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -57,13 +58,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(count):
             blocks = rng.integers(0, len(CLASSES), (2, 4)).repeat(32, axis=0).repeat(32, axis=1)
             photo = rng.integers(0, 256, (64, 128, 3), np.uint8)
-            for folder, kind, array in (
-                ("leftImg8bit", "leftImg8bit", photo),
-                ("gtFine", "gtFine_labelIds", np.array([row[0] for row in CLASSES], np.uint8)[blocks]),
-            ):
-                path = root / folder / split / "ulm" / f"ulm_{i:06d}_000019_{kind}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(path)
+            ids = np.array([row[0] for row in CLASSES], np.uint8)[blocks]
+            write_frame(root, split, f"ulm_{i:06d}_000019", photo, ids)
     return root
 
 
@@ -481,6 +477,14 @@ def test_a_dry_run_is_one_step_with_its_grid_and_a_report(
     assert 0.1 < peak < 24
 
 
+def test_numbers_of_samples_stay_on_the_host(tiny_model: ControlLDM) -> None:
+    batch = {"number": torch.arange(3), "hint": torch.zeros(3), "txt": ["a", "b", "c"]}
+    moved = tiny_model.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["hint"].device.type == "meta"
+    assert moved["number"].tolist() == [0, 1, 2]
+    assert moved["txt"] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gradients_are_clipped_in_every_precision(recipe: Recipe, tmp_path: Path, precision: str) -> None:
     norms: list[float] = []
@@ -491,9 +495,10 @@ def test_gradients_are_clipped_in_every_precision(recipe: Recipe, tmp_path: Path
                 float(torch.nn.utils.get_total_norm([p.grad for p in module.trainable_parameters()]))
             )
 
+    built = parts.build_callbacks
     for clip in ("null", "1e-6"):
         words = [f"train.precision={precision}", f"train.clip={clip}", "--max_steps", "1"]
-        recipe.run(tmp_path / clip, *words, build_callbacks=lambda config, grid, saver: [Norm()])
+        recipe.run(tmp_path / clip, *words, build_callbacks=lambda *args: [*built(*args), Norm()])
     free, clipped = norms
     assert free > 1e-4
     assert clipped == pytest.approx(1e-6, rel=0.01)

@@ -187,6 +187,7 @@ class Painter(NoiseSchedule, pl.LightningModule):
 
     parameterization = "v"
     lend_stages = staticmethod(nullcontext)
+    average, is_compiled = None, False
 
     def __init__(self) -> None:
         super().__init__()

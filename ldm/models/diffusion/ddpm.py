@@ -92,6 +92,8 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.noise_seed = 0  # settable; of the draws for samples that have a number
         self.rate_schedule: Callable[[int], float] | None = None  # settable; part of the rate at a step
         self.average: Any = None  # settable; a cldm.averaging.WeightAverage to evaluate with
+        self.is_compiled = False  # settable; see cldm.fast_path
+        self.validation_loss: tuple[int, float] | None = None  # settable; the last one and its step
         self.offset_noise = 0.0  # settable; standard deviation of what a channel's noise has in common
         self.min_snr_gamma = 0.0  # settable; 0 weighs all noise levels alike
         self.register_schedule(make_betas(beta_schedule, linear_start, linear_end, timesteps))
@@ -150,9 +152,9 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         noise = self.draws_of(batch, bs).normal(POSTERIOR, posterior.mean.shape)
         z = self.get_first_stage_encoding(posterior.at(noise)).float()
         texts = batch[self.cond_stage_key][:bs]
-        known = self.known_texts if self.training else None
-        text = known(texts).to(self.device) if known else self.get_learned_conditioning(texts)
-        return z, {"c_crossattn": [text]}
+        if self.known_texts and self.training:
+            return z, {"c_crossattn": [self.known_texts(texts).to(self.device, non_blocking=True)]}
+        return z, {"c_crossattn": [self.get_learned_conditioning(texts)]}
 
     def posterior_of(self, batch: Batch, k: str, bs: int | None = None) -> DiagonalGaussianDistribution:
         """The latent's distribution, not scaled: of the batch's `moments` (B, 2C, h, w), or of its image."""
@@ -169,6 +171,12 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         return Draws(self.noise_seed, numbers, self.device)
 
     # -- training ----------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """As Lightning does, but numbers stay on the host, which uses them: reading waits for the device."""
+        moved = {name: value for name, value in batch.items() if name != "number"}
+        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
+        return moved | ({"number": batch["number"]} if "number" in batch else {})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch at random noise levels (Ho et al. 2020, Algorithm 1)."""
@@ -216,14 +224,26 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         """What the optimizer gets: nothing frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the gradient; Lightning's own refuses to, for a fused optimizer under autocast."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
         """AdamW in one fused kernel; on a CPU five times as fast as the loop over parameters.
 
-        Lightning cannot clip gradients that a fused optimizer would unscale, so not in that case.
+        In 16-mixed it would unscale the gradients itself, after they are clipped, so not with clipping there.
         """
         trainer = self._trainer
-        clips = trainer is not None and trainer.gradient_clip_val and "mixed" in str(trainer.precision)
-        optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=not clips)
+        clips_scaled = trainer is not None and trainer.gradient_clip_val and trainer.precision == "16-mixed"
+        optimizer = torch.optim.AdamW(
+            self.trainable_parameters(), lr=self.learning_rate, fused=not clips_scaled
+        )
         if self.rate_schedule is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_schedule)

@@ -30,14 +30,14 @@ class Draws:
         if self.numbers is None:
             return torch.randn(shape, device=self.device)
         rows = [torch.randn(shape[1:], generator=self.generator(stream, n)) for n in self.numbers]
-        return torch.stack(rows).to(self.device)
+        return torch.stack(rows).to(self.device, non_blocking=True)
 
     def levels(self, batch: int, total: int) -> Tensor:
         """(B,) noise levels, uniform over 0..total - 1."""
         if self.numbers is None:
             return torch.randint(total, (batch,), device=self.device)
         rows = [torch.randint(total, (), generator=self.generator(LEVEL, n)) for n in self.numbers]
-        return torch.stack(rows).to(self.device)
+        return torch.stack(rows).to(self.device, non_blocking=True)
 
     def generator(self, stream: int, number: int) -> torch.Generator:
         """The generator of one sample and stream."""
