@@ -6,11 +6,11 @@
         --compile --peak_tflops 990 --memory                             # and again with --batch 32
 
 ours             encodes images and texts, draws from the posterior, adds noise, runs control branch and UNet,
-                 goes backward and updates the control branch
+                 goes backward and updates the control branch, on a CPU each weight once its gradient is there
 ours_cached      the same from moments and embeddings that are there already (data.cache)
 ours_fast        that under bf16 autocast with frozen weights in bf16 (train.frozen_precision=bf16)
 diffusers        the step of its example train_controlnet.py with torch's AdamW as it comes
-diffusers_fused  the same with the fused AdamW that ours uses
+diffusers_fused  the same with the fused AdamW
 
 --precision bf16 puts all sides but ours_fast, which has its own, under autocast; the frozen weights of
 diffusers are cast then, as its example does. --compile compiles the networks of our sides. Nobody clips
@@ -30,6 +30,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,12 +78,19 @@ class Inputs(NamedTuple):
     moments: Tensor | None = None  # (B, 8, h, w), of the images
 
 
-class Side(NamedTuple):
-    """A way to train: its loss, what it trains, and with what."""
+@dataclass
+class Side:
+    """A way to train: its loss, what it trains, and what makes the optimizer once gradients are compared."""
 
     loss: Callable[[Inputs], Tensor]
     parameters: list[nn.Parameter]
-    optimizer: Optimizer
+    build: Callable[[list[nn.Parameter]], Optimizer]
+    optimizer: Optimizer | None = None
+
+    def forget_gradients(self) -> None:
+        """Free them."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -161,6 +170,7 @@ def make_ours(args: argparse.Namespace, name: str, model: ControlLDM, config: Di
 
     from cldm.fast_path import compile_networks, round_frozen
     from cldm.model import create_model
+    from ldm.models.optimizer import AdamWInBackward
 
     cached, precision = name != "ours", "bf16" if name == "ours_fast" else args.precision
     with torch.device("meta"):
@@ -189,7 +199,8 @@ def make_ours(args: argparse.Namespace, name: str, model: ControlLDM, config: Di
             x_start, cond = twin.get_input(batch, twin.first_stage_key)
             return twin.p_losses(x_start, cond, inputs.t, inputs.noise)[0]
 
-    return Side(loss, twin.trainable_parameters(), twin.configure_optimizers())
+    kind = AdamWInBackward if args.device == "cpu" else partial(torch.optim.AdamW, fused=True)
+    return Side(loss, twin.trainable_parameters(), partial(kind, lr=twin.learning_rate))
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
@@ -210,7 +221,7 @@ def make_theirs(args: argparse.Namespace, name: str, model: ControlLDM, config: 
     trained = list(peer.controlnet.parameters())
     options = {"fused": True} if name == "diffusers_fused" else {}
     return Side(
-        their_loss(peer, args), trained, torch.optim.AdamW(trained, lr=model.learning_rate, **options)
+        their_loss(peer, args), trained, partial(torch.optim.AdamW, lr=model.learning_rate, **options)
     )
 
 
@@ -279,7 +290,7 @@ def compare(sides: dict[str, Side], inputs: Inputs) -> dict[str, Any]:
         loss.backward()
         first = next(p for p in side.parameters if p.ndim == 4)
         results[name] = (loss.detach(), first.grad.clone())
-        side.optimizer.zero_grad()
+        side.forget_gradients()
     errors: dict[str, Any] = {}
     for place, ending in enumerate(("", "_gradient")):
         theirs = results[THEIRS[0]][place]
@@ -290,23 +301,21 @@ def compare(sides: dict[str, Side], inputs: Inputs) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, sides: dict[str, Side], batches: dict[int, Inputs]) -> dict[str, Any]:
-    """Time whole steps in turn, and within them the update."""
-    updates: dict[str, list[float]] = {name: [] for name in sides}
+    """Time whole steps in turn."""
     flops = {name: count_flops(side, batches[0]) for name, side in sides.items() if args.peak_tflops}
+    for side in sides.values():
+        side.optimizer = side.build(side.parameters)
     if args.device == "cpu":
         share_state(sides, args, batches)
 
     def step_of(name: str) -> Callable[[int], None]:
-        return lambda i: updates[name].append(train_step(args, sides[name], batches[i]))
+        return lambda i: train_step(sides[name], batches[i])
 
     calls = {name: step_of(name) for name in sides}
     steps = alternate(calls, args.steps, warmup=args.warmup, device=args.device)
-    updates = {name: values[args.warmup :] for name, values in updates.items()}
-    networks = {name: [a - b for a, b in zip(steps[name], updates[name], strict=True)] for name in sides}
     found: dict[str, Any] = {}
     for name in sides:
         found[name] = summary(steps[name])
-        found[name]["optimizer_median_s"] = summary(updates[name])["median_s"]
         if args.peak_tflops:
             reached = flops[name] / found[name]["median_s"] / 1e12
             found[name] |= {
@@ -320,8 +329,6 @@ def measure(args: argparse.Namespace, sides: dict[str, Side], batches: dict[int,
         "ratio_fast": ratio(steps["diffusers"], steps["ours_fast"]),
         "ratio_same_optimizer": ratio(steps["diffusers_fused"], steps["ours"]),
         "ratio_fast_same_optimizer": ratio(steps["diffusers_fused"], steps["ours_fast"]),
-        "ratio_network": ratio(networks["diffusers"], networks["ours"]),
-        "ratio_optimizer": ratio(updates["diffusers"], updates["ours"]),
     }
 
 
@@ -331,17 +338,15 @@ def count_flops(side: Side, inputs: Inputs) -> int:
 
     with FlopCounterMode(display=False) as counter:
         side.loss(inputs).backward()
-    side.optimizer.zero_grad()
+    side.forget_gradients()
     return counter.get_total_flops()
 
 
-def train_step(args: argparse.Namespace, side: Side, inputs: Inputs) -> float:
-    """One step; returns the seconds that the update took."""
-    side.loss(inputs).backward()
-    start = now(args.device)
-    side.optimizer.step()
+def train_step(side: Side, inputs: Inputs) -> None:
+    """One step; ours updates within the first line where it does so in training."""
+    assert side.optimizer is not None
+    side.optimizer.step(lambda: side.loss(inputs).backward())
     side.optimizer.zero_grad()
-    return now(args.device) - start
 
 
 def share_state(sides: dict[str, Side], args: argparse.Namespace, batches: dict[int, Inputs]) -> None:
@@ -349,7 +354,7 @@ def share_state(sides: dict[str, Side], args: argparse.Namespace, batches: dict[
 
     The parameters are paired by the memory that they share.
     """
-    train_step(args, sides["ours"], batches[min(batches)])
+    train_step(sides["ours"], batches[min(batches)])
     ours = sides["ours"].optimizer.state
     by_memory = {parameter.data_ptr(): state for parameter, state in ours.items()}
     for name, side in sides.items():
@@ -369,13 +374,15 @@ def run_alone(args: argparse.Namespace) -> dict[str, float | None]:
     import torch
 
     sides, batches, _ = make_sides(args, [args.only])
+    side = sides[args.only]
+    side.optimizer = side.build(side.parameters)
     start = {"start_peak_rss_mib": memory_mib()["peak_rss_mib"]}
     gc.collect()
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     forget_peak()
     for i in range(args.steps):
-        train_step(args, sides[args.only], batches[i])
+        train_step(side, batches[i])
         say(f"{args.only} alone {i}")
     if args.device.startswith("cuda"):
         return {"peak_gpu_mib": torch.cuda.max_memory_allocated() / 2**20, **memory_mib(), **start}

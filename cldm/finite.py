@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.models.optimizer import AdamWInBackward
+
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,9 @@ class FiniteLoss(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at a loss without reading it."""
         self.bad.append(~torch.isfinite(loss.detach()))
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, AdamWInBackward):
+                optimizer.found_inf = self.bad[-1].float()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

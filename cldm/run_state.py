@@ -36,7 +36,8 @@ FREE = (
         "train.val_samples",
         "train.checkpoint_freq",
     ),
-    *("train.keep_last", "train.keep_latents", "train.activation_checkpointing", "sample"),
+    *("train.keep_last", "train.keep_latents", "train.activation_checkpointing"),
+    *("train.update_in_backward", "sample"),
 )
 
 

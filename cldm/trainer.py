@@ -59,6 +59,8 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
     how = {"schedule": train.schedule, "warmup": train.warmup, "steps": train.max_steps}
     is_plain = train.schedule == "constant" and not train.warmup
     model.rate_schedule = None if is_plain else partial(rate_factor, **how)
+    on_cpu = find_device("auto").type == "cpu"
+    model.update_in_backward = on_cpu if train.update_in_backward is None else train.update_in_backward
     model.sd_locked = config.train.sd_locked
     model.memory = PosteriorMemory() if config.train.keep_latents else None
     if train.frozen_precision is not None:

@@ -13,14 +13,15 @@ from torch.utils.data import DataLoader
 
 from cldm.averaging import AverageWeights, WeightAverage
 from cldm.finite import FiniteLoss
+from ldm.models.optimizer import AdamWInBackward
 
 
 class Line(pl.LightningModule):
     """Fits a slope; remembers it behind each optimizer step."""
 
-    def __init__(self, fused: bool = True) -> None:
+    def __init__(self, kind: str = "fused") -> None:
         super().__init__()
-        self.fused = fused
+        self.kind = kind
         self.slope = nn.Parameter(torch.zeros(1))
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
         self.seen: list[float] = []
@@ -32,7 +33,9 @@ class Line(pl.LightningModule):
         self.seen.append(self.slope.item())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([self.slope], lr=0.1, weight_decay=0, fused=self.fused)
+        if self.kind == "in backward":
+            return AdamWInBackward([self.slope], 0.1, weight_decay=0)
+        return torch.optim.AdamW([self.slope], lr=0.1, weight_decay=0, fused=self.kind == "fused")
 
 
 def rows(*bad: int, count: int = 12) -> list[dict[str, Any]]:
@@ -50,9 +53,9 @@ def fit(model: Line, data: list[dict[str, Any]], *callbacks: pl.Callback, **opti
     trainer.fit(model, DataLoader(data, batch_size=2))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_step_is_skipped_and_its_samples_named(caplog: pytest.LogCaptureFixture, fused: bool) -> None:
-    model, whole = Line(fused), Line(fused)
+@pytest.mark.parametrize("kind", ["fused", "in backward", "neither"])
+def test_a_step_is_skipped_and_its_samples_named(caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    model, whole = Line(kind), Line(kind)
     with caplog.at_level("WARNING"):
         fit(model, rows(5), FiniteLoss(limit=3))
     fit(whole, rows(count=10))

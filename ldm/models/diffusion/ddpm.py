@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ldm.models.diffusion.draws import NOISE, OFFSET, POSTERIOR, Draws
 from ldm.models.diffusion.memory import PosteriorMemory
 from ldm.models.diffusion.schedule import NoiseSchedule, make_betas, min_snr_weights
+from ldm.models.optimizer import AdamWInBackward
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
 
@@ -91,6 +92,8 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
         self.lend_stages: Callable[[], AbstractContextManager[None]] = nullcontext  # settable; see cldm.shelf
         self.noise_seed = 0  # settable; of the draws for samples that have a number
         self.rate_schedule: Callable[[int], float] | None = None  # settable; part of the rate at a step
+        self.update_in_backward = False  # settable; where gradients need not all be there
+        self.in_backward: AdamWInBackward | None = None  # of this training
         self.average: Any = None  # settable; a cldm.averaging.WeightAverage to evaluate with
         self.is_compiled = False  # settable; see cldm.fast_path
         self.validation_loss: tuple[int, float] | None = None  # settable; the last one and its step
@@ -235,19 +238,34 @@ class LatentDiffusion(NoiseSchedule, pl.LightningModule):
             torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
-        """AdamW in one fused kernel; on a CPU five times as fast as the loop over parameters.
+        """Fused AdamW, on a CPU five times as fast as the loop over parameters; inside backward if it can be.
 
-        In 16-mixed it would unscale the gradients itself, after they are clipped, so not with clipping there.
+        In 16-mixed a fused one would unscale the gradients itself, after they are clipped, so not then.
         """
-        trainer = self._trainer
-        clips_scaled = trainer is not None and trainer.gradient_clip_val and trainer.precision == "16-mixed"
-        optimizer = torch.optim.AdamW(
-            self.trainable_parameters(), lr=self.learning_rate, fused=not clips_scaled
-        )
+        self.release_optimizer()
+        how = self._trainer
+        clips, scales = how and how.gradient_clip_val, how and how.precision == "16-mixed"
+        whole = clips or scales or how is None or how.accumulate_grad_batches > 1 or how.world_size > 1
+        optimizer: torch.optim.AdamW
+        if self.update_in_backward and not whole:
+            optimizer = self.in_backward = AdamWInBackward(self.trainable_parameters(), self.learning_rate)
+        else:
+            fused = not (clips and scales)
+            optimizer = torch.optim.AdamW(self.trainable_parameters(), self.learning_rate, fused=fused)
         if self.rate_schedule is None:
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Leave no hooks of the optimizer behind."""
+        self.release_optimizer()
+
+    def release_optimizer(self) -> None:
+        """End what updates inside backward, also of a training that failed."""
+        if self.in_backward is not None:
+            self.in_backward.release()
+            self.in_backward = None
 
 
 def channels_first(images: Tensor, device: torch.device) -> Tensor:
