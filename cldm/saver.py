@@ -151,7 +151,8 @@ class ControlCheckpoint(pl.Callback):
         self.last_step = step
         (self.folder / FOLDER).mkdir(parents=True, exist_ok=True)
         self.write_weights(model, step)
-        trainer.save_checkpoint(self.folder / FOLDER / f"step={step:06d}{SUFFIX}")
+        state = self.folder / FOLDER / f"step={step:06d}{SUFFIX}"
+        trainer.save_checkpoint(state, weights_only=False)  # unset, it is talked about
         self.prune()
 
     @rank_zero_only
