@@ -21,6 +21,9 @@ Segmenter = Callable[[NDArray[np.uint8]], NDArray[np.integer]]
 Counts = NDArray[np.int64]
 """(N, K, K) pixels of each image by true class (row) and predicted class (column); void is not in it."""
 
+Margins = NDArray[np.int64]
+"""(N, 3, K) pixels of each image and class: hits, true, predicted. All that the scores need of the counts."""
+
 VOID = 255
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -104,24 +107,48 @@ def sum_by(counts: Counts, groups: Sequence[str]) -> Counts:
     return total
 
 
+def margins_of(matrices: NDArray[np.number]) -> NDArray[np.number]:
+    """(..., K, K) -> (..., 3, K): hits, true and predicted pixels of each class."""
+    hits = np.diagonal(matrices, axis1=-2, axis2=-1)
+    return np.stack([hits, matrices.sum(axis=-1), matrices.sum(axis=-2)], axis=-2)
+
+
+def ious_of(margins: NDArray[np.number]) -> NDArray[np.float64]:
+    """(..., 3, K) -> (..., K) intersection over union; NaN for a class without a true pixel."""
+    hits, truth, predicted = (margins[..., i, :].astype(np.float64) for i in range(3))
+    return np.where(truth > 0, hits / np.maximum(truth + predicted - hits, 1), np.nan)
+
+
+def accuracies_of(margins: NDArray[np.number]) -> NDArray[np.float64]:
+    """(..., 3, K) -> (..., K) share of a class's pixels that is found; NaN for a class without one."""
+    hits, truth = (margins[..., i, :].astype(np.float64) for i in range(2))
+    return np.where(truth > 0, hits / np.maximum(truth, 1), np.nan)
+
+
+def mean_iou_of(margins: NDArray[np.number]) -> NDArray[np.float64]:
+    """(..., 3, K) -> (...) mean over the classes that the true maps have; NaN without any."""
+    return mean_of_known(ious_of(margins))
+
+
+def mean_accuracy_of(margins: NDArray[np.number]) -> NDArray[np.float64]:
+    """(..., 3, K) -> (...) the same mean of the classes' accuracies."""
+    return mean_of_known(accuracies_of(margins))
+
+
+def pixel_accuracy_of(margins: NDArray[np.number]) -> NDArray[np.float64]:
+    """(..., 3, K) -> (...) share of the pixels with a class that is found; NaN without any."""
+    hits, truth = (margins[..., i, :].sum(axis=-1).astype(np.float64) for i in range(2))
+    return np.where(truth > 0, hits / np.maximum(truth, 1), np.nan)
+
+
 def class_ious(matrices: NDArray[np.number]) -> NDArray[np.float64]:
     """(..., K, K) -> (..., K) intersection over union; NaN for a class without a true pixel."""
-    hits = np.diagonal(matrices, axis1=-2, axis2=-1).astype(np.float64)
-    truth, predicted = matrices.sum(axis=-1), matrices.sum(axis=-2)
-    union = np.maximum(truth + predicted - hits, 1)
-    return np.where(truth > 0, hits / union, np.nan)
-
-
-def class_accuracies(matrices: NDArray[np.number]) -> NDArray[np.float64]:
-    """(..., K, K) -> (..., K) share of a class's pixels that is found; NaN for a class without one."""
-    hits = np.diagonal(matrices, axis1=-2, axis2=-1).astype(np.float64)
-    truth = matrices.sum(axis=-1)
-    return np.where(truth > 0, hits / np.maximum(truth, 1), np.nan)
+    return ious_of(margins_of(matrices))
 
 
 def mean_iou(matrices: NDArray[np.number]) -> NDArray[np.float64]:
     """(..., K, K) -> (...) mean over the classes that the true maps have; NaN without any."""
-    return mean_of_known(class_ious(matrices))
+    return mean_iou_of(margins_of(matrices))
 
 
 def mean_of_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -133,38 +160,44 @@ def mean_of_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def score(counts: Counts) -> Scores:
     """Scores of all images together."""
-    total = counts.sum(axis=0)
+    return score_of(margins_of(counts))
+
+
+def score_of(margins: NDArray[np.number]) -> Scores:
+    """Scores of all images together."""
+    total = margins.sum(axis=0)
     if not total.any():
-        raise ValueError(f"expected pixels with a class, found {len(counts)} maps that are void all over")
-    ious = class_ious(total)
+        raise ValueError(f"expected pixels with a class, found {len(margins)} maps that are void all over")
+    ious = ious_of(total)
     return Scores(
-        miou=float(mean_iou(total)),
-        pixel_accuracy=float(np.trace(total) / total.sum()),
-        class_accuracy=float(mean_of_known(class_accuracies(total))),
+        miou=float(mean_iou_of(total)),
+        pixel_accuracy=float(pixel_accuracy_of(total)),
+        class_accuracy=float(mean_accuracy_of(total)),
         iou=[None if np.isnan(value) else float(value) for value in ious],
         absent=np.flatnonzero(np.isnan(ious)).tolist(),
     )
 
 
 def bootstrap_interval(
-    counts: Counts,
+    counts: NDArray[np.number],
     statistic: Callable[[NDArray[np.number]], NDArray[np.float64]] = mean_iou,
     *,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval of a statistic of summed matrices, over images drawn again with replacement.
+    """Percentile interval of a statistic of sums over images, which are drawn again with replacement.
 
-    statistic  (R, K, K) -> (R,)
+    counts     (N, ...) what is summed: confusion matrices, their margins, ...
+    statistic  (R, ...) -> (R,)
     """
-    n, k, _ = counts.shape
+    n, shape = len(counts), counts.shape[1:]
     if n < 2:
         raise ValueError(f"expected at least 2 images for an interval, found {n}")
     rng = np.random.default_rng(seed)
     times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each image is drawn
     # float64 holds counts up to 2**53 exactly, and its matrix product is the fast one
-    sums = times.astype(np.float64) @ counts.reshape(n, k * k).astype(np.float64)
-    values = statistic(sums.reshape(resamples, k, k))
+    sums = times.astype(np.float64) @ counts.reshape(n, -1).astype(np.float64)
+    values = statistic(sums.reshape(resamples, *shape))
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

@@ -47,6 +47,7 @@ HEALTHY = {
         "tqdm": "4.70.1",
         "transformers": "5.23.0",
         "torchmetrics": "1.9.0",
+        "torch-fidelity": "0.4.0",
         "gradio": "6.31.0",
     },
 }
@@ -55,6 +56,7 @@ NOT_PROBED = {
     "tqdm",
     "gradio",
     "torchmetrics",
+    "torch-fidelity",
     "transformers",
 }  # slow to import, rarely broken
 NMS = "RuntimeError: operator torchvision::nms does not exist"
