@@ -12,6 +12,11 @@ from house import ROOT, flags_in, help_of, parse, run_script, scripts
 
 # The flags that users have in their fingers. A new flag is a new entry here, in the same change.
 FLAGS = {
+    "evaluate.py": {
+        *("--fake", "--real", "--labels", "--labels_hold", "--dataset", "--split", "--ckpt"),
+        *("--allow_leak", "--allow_few", "--protocol", "--inception", "--alexnet", "--segmenter"),
+        *("--predicted", "--predicted_real", "--device", "--cache", "--shard", "--out", "--format"),
+    },
     "generate.py": {
         *("--ckpt", "--base", "--config", "--hint", "--hint_type", "--palette", "--prompt", "--out"),
         "--encoding",
@@ -30,6 +35,11 @@ FLAGS = {
     "gradio_seg2image.py": {
         *("--ckpt", "--base", "--config", "--size", "--examples", "--device", "--precision"),
         *("--port", "--auth", "--listen", "--share"),
+    },
+    "noise_prior.py": {
+        *("--dataset", "--root", "--split", "--resolution", "--sample_size", "--seed", "--ckpt", "--base"),
+        *("--config", "--ddpm_steps", "--covariance", "--published", "--save_dir", "--save_name", "--cache"),
+        *("--shard", "--processes", "--batch_size", "--num_workers", "--device"),
     },
     "tool_add_control.py": {"--control", "--config", "--seed"},
     "tool_check_dataset.py": {

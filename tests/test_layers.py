@@ -33,8 +33,14 @@ MAY_IMPORT = {
     "metrics": {"metrics", "cldm", "datasets", "ldm.priors.moments"},
     "webui": {"webui", "cldm", "datasets"},
 }
-RIM_ONLY = ("accelerate", "cleanfid", "diffusers", "gradio", "lpips", "scipy", "torchmetrics", "transformers")
-MAY_IMPORT_FROM_THE_RIM = {"metrics": {"scipy", "torchmetrics", "transformers"}, "webui": {"gradio"}}
+RIM_ONLY = (
+    *("accelerate", "cleanfid", "diffusers", "gradio", "lpips", "scipy"),
+    *("torch_fidelity", "torchmetrics", "transformers"),
+)
+MAY_IMPORT_FROM_THE_RIM = {
+    "metrics": {"scipy", "torch_fidelity", "torchmetrics", "transformers"},
+    "webui": {"gradio"},
+}
 SCRIPT_NAMES = {path.stem for path in scripts()}
 
 
