@@ -8,7 +8,7 @@ A folder of generate.py says by itself which maps it was made from; of others na
 --dataset, and call each image after its map. A protocol (configs/protocols/NAME.yaml, or a file) fixes size,
 filter, segmenter, metrics and least numbers of images. Written are OUT/card.json with the figures and all
 that decides them, and OUT/index.html to look at. What networks make of the images is kept in CACHE, so a run
-that was stopped goes on; --shard 0/4 to 3/4 share the work, and the command without it brings it together.
+that was stopped goes on; --shard 1/4 to 4/4 share the work, and the command without it brings it together.
 Weights are never downloaded: docs/evaluation.md says which are needed, what is missing is named, and the
 rest is computed.
 """
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cldm.cli import keep_freed_memory, refuse
+from cldm.cli import keep_freed_memory, parse_shard, refuse
 
 if TYPE_CHECKING:
     from metrics.evaluation import Request
@@ -58,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--predicted_real", type=Path, metavar="DIR", help="and of the real ones")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     add("--cache", type=Path, default=Path("cache/evaluation"), help="(default: %(default)s)")
-    add("--shard", metavar="I/N", help="compute this part of the blocks and write no card")
+    add("--shard", metavar="I/N", default="1/1", help="compute this part of the blocks and write no card")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, metavar="DIR", help="(default: output/evaluation/NAME of the images' folder)")
     add("--format", choices=FORMATS, default="markdown", help="of the table (default: %(default)s)")
@@ -86,10 +85,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(
             "--predicted and --predicted_real belong together: without the second there is no ceiling"
         )
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard or "0/1")
-    if not shard or not int(shard[1]) < int(shard[2]):
-        parser.error(f"--shard must be I/N with I from 0 to N - 1, found {args.shard}")
-    args.shard = (int(shard[1]), int(shard[2]))
+    args.shard = parse_shard(parser, args.shard)
     args.out = args.out or Path("output/evaluation") / args.fake.resolve().name
 
 
@@ -147,7 +143,7 @@ def request_of(args: argparse.Namespace) -> Request:
     same += ("cache", "device", "allow_leak", "allow_few")
     return Request(
         checkpoint=args.ckpt,
-        shard=Shard(*args.shard),
+        shard=Shard(args.shard[0] - 1, args.shard[1]),
         weights={name: getattr(args, name) for name in WEIGHTS if getattr(args, name)},
         **{name: getattr(args, name) for name in same},
     )

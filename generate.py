@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import SAMPLER_NAMES, SampleConfig
-from cldm.pictures import is_whole, overlay, read_settings, sheet, write_png
+from cldm.pictures import is_made, overlay, sheet, write_png
 from datasets import DATASETS
 from datasets.files import read_image
 from datasets.hint_encoding import hint_encoding
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sample = fill_from_run(args)
         jobs = list(plan_jobs(args, sample))
-        todo = [job for job in jobs if not is_done(job, args.overwrite)]
+        todo = [job for job in jobs if not is_made(job.target, job.settings, overwrite=args.overwrite)]
         prompt = jobs[0].settings["prompt"]
         log.info("%d images, %d there already; first prompt: %s", len(jobs), len(jobs) - len(todo), prompt)
         read = hint_reader(args)
@@ -181,24 +181,6 @@ def plan_jobs(args: argparse.Namespace, sample: SampleConfig) -> Iterator[Job]:
         for seed in range(args.seed, args.seed + args.num):
             target = stem.with_name(f"{stem.name}_seed{seed}.png")
             yield Job(hint, target, seed, {**settings, **mark, "seed": seed})
-
-
-def is_done(job: Job, overwrite: bool) -> bool:
-    """Whether the image is there with the same settings; with others it is refused, or made again."""
-    if not job.target.exists():
-        return False
-    if not is_whole(job.target):
-        log.warning("%s is damaged and is made again", job.target)
-        return False
-    found = read_settings(job.target) or {}
-    differing = [name for name, value in job.settings.items() if found.get(name) != value]
-    if differing and not overwrite:
-        name = differing[0]
-        raise ValueError(
-            f"{job.target} is there with other settings ({name} {found.get(name)!r}, now "
-            f"{job.settings[name]!r}); choose another --out, or --overwrite"
-        )
-    return not differing
 
 
 def hint_reader(args: argparse.Namespace) -> HintReader:

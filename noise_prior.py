@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import keep_freed_memory, refuse
+from cldm.cli import INTERRUPTED, keep_freed_memory, parse_shard, refuse
 from cldm.config import DataConfig, check_run, load_run_config
-from datasets import DATASETS, create_dataset, find_entry
+from datasets import DATASETS, create_labelled, find_entry, registered_name
 
 if TYPE_CHECKING:
     from cldm.prior_file import PriorCard, Range
@@ -59,12 +58,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = where.add_argument
     add("--save_dir", type=Path, default=Path("statistics"), help="(default: %(default)s)")
     add("--save_name", help="(default: DATASET_SPLIT_HxW, with the number of frames if they are drawn)")
+    add(
+        "--show",
+        type=Path,
+        metavar="PAGE.html",
+        help="draw the prior as well; one file, to look at in a browser",
+    )
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("--cache", metavar="DIR", help="latents that data.cache=DIR of a training left: nothing is encoded")
-    add("--shard", metavar="I/N", help="part I of N alone, into a file of its own, to be merged")
+    add(
+        "--shard",
+        metavar="I/N",
+        default="1/1",
+        help="part I of N alone, into a file of its own, to be merged",
+    )
     add("--processes", type=int, default=1, metavar="N", help="side by side (default: %(default)s)")
-    add("--batch_size", type=int, default=8, help="images at a time (default: %(default)s)")
+    add("--batch_size", type=int, default=4, help="images at a time (default: %(default)s)")
     add("--num_workers", type=int, help="loaders for each process (default: 4 with a GPU, else none)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("overrides", nargs="*", metavar="key=value", help="data.* keys of a run, e.g. data.crop=centre")
@@ -73,17 +83,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, limit in least.items():
         if getattr(args, name) is not None and getattr(args, name) < limit:
             parser.error(f"--{name} must be {limit} or more, found {getattr(args, name)}")
-    args.shard = (1, 1) if args.shard is None else parse_shard(parser, args.shard)
+    args.shard = parse_shard(parser, args.shard)
     return args
-
-
-def parse_shard(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
-    """I and N of I/N."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    number, count = (int(part) for part in found.groups()) if found else (0, 0)
-    if not 1 <= number <= count:
-        parser.error(f"--shard must be I/N with 1 <= I <= N, such as 1/4, found {text}")
-    return number, count
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,12 +99,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = resolve(args)
         keep_freed_memory()
         print(convert(args, config) if args.published else measure(args, config))
+    except KeyboardInterrupt:
+        refuse("stopped; what was reached is kept, and the same command goes on", INTERRUPTED)
     except (ValueError, OSError) as error:
         refuse(str(error))
 
 
 def resolve(args: argparse.Namespace) -> DictConfig:
     """The run file of the data set, under the flags."""
+    args.dataset = registered_name(args.dataset)
     find_entry(args.dataset)
     given = {"data.root": args.root, "data.split": args.split, "data.cache": args.cache}
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -150,6 +154,7 @@ def measure(args: argparse.Namespace, config: DictConfig) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         check_same(target, work.card)
+        show(args, target, first_stage)
         return f"{target} is there already: {summary(read_card(target))}"
     works = share_out(target, images, work, args.processes)
     left = sum(stop - start for one in works for start, stop in one.ranges)
@@ -157,7 +162,23 @@ def measure(args: argparse.Namespace, config: DictConfig) -> str:
     with tqdm(total=images[1] - images[0], initial=done, desc=str(target), unit="image") as bar:
         if works:
             run_all(works, first_stage, bar.update)
-    return f"wrote {target}: {summary(finish(target, images))}"
+    card = finish(target, images)
+    show(args, target, first_stage)
+    return f"wrote {target}: {summary(card)}"
+
+
+def show(args: argparse.Namespace, target: Path, first_stage: FirstStage) -> None:
+    """Draw the prior, if that was asked for."""
+    if args.show is None:
+        return
+    from cldm.prior_file import read_prior
+    from cldm.prior_pass import decoder
+    from metrics.page import write_page
+    from metrics.prior_page import prior_page
+
+    args.show.parent.mkdir(parents=True, exist_ok=True)
+    write_page(args.show, prior_page(read_prior(target), decoder(first_stage)))
+    log.info("drawn in %s", args.show)
 
 
 def plan(args: argparse.Namespace, config: DictConfig) -> tuple[Work, FirstStage]:
@@ -195,13 +216,9 @@ def open_source(args: argparse.Namespace, config: DictConfig) -> Any:
     """The data set, seen as a training under this configuration sees it."""
     given, own = vars(OmegaConf.to_object(config).data), vars(DataConfig())
     options = {name: given[name] for name in TAKEN_OF_RUNS if given[name] != own[name]}
-    options |= {name: given[name] for name in ("root", "split", "size") if given[name] is not None}
-    source = create_dataset(args.dataset, **options)
-    if getattr(source, "space", None) is None:
-        raise ValueError(f"expected a data set with label maps, found {args.dataset}, which has none")
-    if source.size is None:
-        raise ValueError("expected --resolution H W, as the frames have no size of their own, found none")
-    return source
+    return create_labelled(
+        args.dataset, **options, **{name: given[name] for name in ("root", "split", "size")}
+    )
 
 
 def choose_frames(total: int, sample_size: int | None, seed: int) -> Any:
@@ -224,33 +241,23 @@ def describe(
     first_stage: FirstStage,
 ) -> tuple[Any, PriorCard]:
     """The cache, if there is one, and the card of the prior."""
-    import hashlib
-
-    from cldm.prior_file import PriorCard
-    from cldm.prior_pass import encoder_fingerprint, open_cache, versions
+    from cldm.prior_pass import card_of, open_cache
     from datasets.cached import CachedDataset, identity_of_rows
 
     cache = config.data.cache
     cache = cache if cache and (Path(cache) / "samples").is_dir() else None
     rows = identity_of_rows(source, views, cache or args.save_dir / args.dataset)
     precision = "32" if cache is None else open_cache(cache, rows, first_stage, len(source) * len(views))
-    drawn = len(frames) < len(source)
-    chosen = hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
-    card = PriorCard(
+    card = card_of(
+        source,
+        frames,
+        first_stage,
         dataset=args.dataset,
-        split=source.split,
         rows=rows,
-        selection={"frames": len(source), "sample_size": len(frames), "seed": args.seed if drawn else None}
-        | ({"chosen": chosen} if drawn else {}),
+        seed=args.seed,
         total=len(frames) * len(views),
-        first_stage=encoder_fingerprint(first_stage.autoencoder),
-        scale_factor=first_stage.scale_factor,
-        size=tuple(source.size),
-        label_space=source.space.name,
-        classes=tuple(source.space.names),
         precision=precision,
         covariance=args.covariance,
-        versions=versions(),
     )
     return None if cache is None else CachedDataset(source, views, cache), card
 
@@ -294,41 +301,30 @@ def merge(argv: Sequence[str]) -> str:
 
 def convert(args: argparse.Namespace, config: DictConfig) -> str:
     """Published statistics into a file of ours; what they do not say is taken from the flags, and said."""
-    from cldm.prior_file import Prior, PriorCard, check_consistent, write_prior
-    from cldm.prior_pass import encoder_fingerprint, versions
-    from cldm.published_priors import read_published
+    from cldm.prior_file import write_prior
+    from cldm.published_priors import published_prior, read_published
     from datasets.label_space import LabelSpace
 
     space = LabelSpace.load(find_entry(args.dataset).label_space or "none")
-    images = args.sample_size or 10_000  # what their script draws
     ids = list(range(space.num_classes)) if space.name in TRAIN_IDS else list(space.file_ids)
-    found = read_published(args.published, ids, images)
+    found = read_published(args.published, ids, args.sample_size or 10_000)  # what their script draws
     for sentence in found.sentences():
         log.warning("%s", sentence)
+    made_of = {
+        "dataset": args.dataset,
+        "split": args.split or "train",
+        "label_space": space.name,
+        "classes": tuple(space.names),
+    }
     _, first_stage = load_weights(args, config)
-    size = tuple(side * first_stage.autoencoder.downsampling for side in found.moments.shape[1:])
-    card = PriorCard(
-        dataset=args.dataset,
-        split=args.split or "train",
-        rows={},
-        selection={},
-        total=images,
-        first_stage=encoder_fingerprint(first_stage.autoencoder),
-        scale_factor=first_stage.scale_factor,
-        size=size,
-        label_space=space.name,
-        classes=tuple(space.names),
-        covered=((0, images),),
-        versions=versions(),
-        origin={"published": Path(args.published).name, "phantom classes": found.phantoms},
-    )
-    check_consistent(card, found.moments)
-    target = target_of(args, card)
+    prior = published_prior(found, first_stage, Path(args.published).name, **made_of)
+    target = target_of(args, prior.card)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         raise ValueError(f"{target} exists; choose another --save_name, or remove it first")
-    write_prior(target, Prior(card, found.moments))
-    return f"wrote {target}: {summary(card)}"
+    write_prior(target, prior)
+    show(args, target, first_stage)
+    return f"wrote {target}: {summary(prior.card)}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import RANDOM, DataConfig, check_run, load_run_config, project_path
 from cldm.presets import PRESETS, advice, preset_overrides
-from datasets import DATASETS, create_dataset, find_entry, missing_paths
+from datasets import DATASETS, create_dataset, find_entry, missing_paths, registered_name
 
 log = logging.getLogger("tutorial_train")
 
@@ -102,6 +102,7 @@ def resolve(args: argparse.Namespace) -> DictConfig:
     given = vars(args)
     flags = [f"{key}={json.dumps(given[flag])}" for flag, key in FLAGS.items() if flag in given]
     if args.dataset is not None:
+        args.dataset = registered_name(args.dataset)
         find_entry(args.dataset)
     overrides = [*flags, *given.get("overrides", [])]
     if args.preset is not None:

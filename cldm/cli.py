@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -10,10 +12,22 @@ from typing import NoReturn
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def refuse(message: str) -> NoReturn:
-    """Say in one sentence why nothing more is done, exit with 2 as a wrong argument does."""
+INTERRUPTED = 130  # exit status, as a shell has it for Ctrl-C
+
+
+def refuse(message: str, status: int = 2) -> NoReturn:
+    """Say in one sentence why nothing more is done; exit with 2 as a wrong argument does."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
-    sys.exit(2)
+    sys.exit(status)
+
+
+def parse_shard(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
+    """I and N of a --shard I/N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        parser.error(f"--shard must be I/N with 1 <= I <= N, such as 1/4, found {text}")
+    return number, count
 
 
 def keep_freed_memory() -> None:

@@ -176,13 +176,16 @@ def load_run_config(dataset: str | None, config: str | Path | None, overrides: S
     """
     run_file, model_file = project_path(f"configs/{dataset or DataConfig.name}.yaml"), None
     if config is not None:
-        content = read_yaml(Path(config))
-        is_model_file = "target" in (content.get("model") or {})
-        run_file, model_file = (run_file, str(config)) if is_model_file else (Path(config), None)
+        run_file, model_file = (run_file, str(config)) if is_model_file(config) else (Path(config), None)
     layers = [read_yaml(run_file)]
     layers += [{"data": {"name": dataset}}] if dataset else []
     layers += [{"model": {"config": model_file}}] if model_file else []
     return merge_layers(RunConfig, [(layer, str(run_file)) for layer in layers], overrides)
+
+
+def is_model_file(path: str | Path) -> bool:
+    """Whether a YAML file is a model file and not a run file; by content."""
+    return "target" in (read_yaml(Path(path)).get("model") or {})
 
 
 def merge_layers(schema: type, layers: Sequence[tuple[Any, str]], overrides: Sequence[str]) -> DictConfig:

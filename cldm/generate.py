@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ldm.models.diffusion.guidance import EpsModel, classifier_free_guidance
 from ldm.models.diffusion.schedule import ddim_timesteps, uniform_timesteps
 
 DECODED_AT_ONCE = 4 * 64 * 64  # latent pixels: four images of 512x512
+
+EncodeTexts: TypeAlias = Callable[[list[str]], Tensor]
+"""B texts -> (B, L, D), L the same for all of a call."""
 
 
 class Sampler(NamedTuple):
@@ -34,6 +37,13 @@ SAMPLERS = {
 }
 
 
+class Start(NamedTuple):
+    """Where sampling starts, if not from noise at the first timestep of the sampler."""
+
+    latents: Tensor  # (B, C, h, w) at the level of the first timestep
+    timesteps: Sequence[int]  # decreasing: one network evaluation each
+
+
 @torch.no_grad()
 def generate(
     model: ControlLDM,
@@ -43,16 +53,20 @@ def generate(
     settings: SampleConfig,
     *,
     size: tuple[int, int] | None = None,
+    start: Start | None = None,
+    encode_texts: EncodeTexts | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
     """Sample one image for each seed; the same seed gives the same image whatever else is in the batch.
 
-    hint      (B or 1, C, H, W) in [0, 1]; None samples without control and needs `size`
-    prompts   B texts; the negative prompt is one of the settings
-    seeds     B integers, each the only source of randomness of its image
-    size      (H, W) of the images, multiples of 64; by default that of the hint
-    callback  called after each step with its number and the predicted latent
-    returns   (B, H, W, 3) uint8 on the CPU
+    hint          (B or 1, C, H, W) in [0, 1]; None samples without control and needs `size`
+    prompts       B texts; the negative prompt is one of the settings
+    seeds         B integers, each the only source of randomness of its image
+    size          (H, W) of the images, multiples of 64; by default that of the hint
+    start         latents to start from and the timesteps to walk, in the place of `settings.steps`
+    encode_texts  by default the model encodes the texts of this call
+    callback      called after each step with its number and the predicted latent
+    returns       (B, H, W, 3) uint8 on the CPU
 
     Raises
         ValueError  a size, a number or a name that does not fit, or a result that is not finite
@@ -62,14 +76,16 @@ def generate(
     height, width = image_size(hint, size)
     down = model.first_stage_model.downsampling
     shape = (model.first_stage_model.embed_dim, height // down, width // down)
-    draws = settings.steps if sampler.is_stochastic and settings.eta > 0 else 0
-    start, *later = draw_noise(seeds, 1 + draws, shape).to(model.device)
+    timesteps = start.timesteps if start else sampler.timesteps(settings.steps, model.num_timesteps)
+    draws = len(timesteps) if sampler.is_stochastic and settings.eta > 0 else 0
+    # A start is of the first draw as well, so the noise of the steps is always that of the later ones.
+    noise, *later = draw_noise(seeds, 1 + draws, shape).to(model.device)
     pending = iter(later)
     options = {"eta": settings.eta, "noise_like": lambda _: next(pending)} if sampler.is_stochastic else {}
     z = sampler.run(
-        guided_predictor(model, hint, prompts, settings),
-        start,
-        sampler.timesteps(settings.steps, model.num_timesteps),
+        guided_predictor(model, hint, prompts, settings, encode_texts),
+        noise if start is None else check_start(start, noise.shape).to(noise),
+        timesteps,
         model.alphas_cumprod.double().tolist(),
         callback=callback,
         **options,
@@ -87,12 +103,16 @@ def draw_noise(seeds: Sequence[int], draws: int, shape: tuple[int, ...]) -> Tens
 
 
 def guided_predictor(
-    model: ControlLDM, hint: Tensor | None, prompts: Sequence[str], settings: SampleConfig
+    model: ControlLDM,
+    hint: Tensor | None,
+    prompts: Sequence[str],
+    settings: SampleConfig,
+    encode_texts: EncodeTexts | None = None,
 ) -> EpsModel:
     """A noise predictor with hint, prompts and guidance in it; all that is constant is computed here."""
     guided = settings.scale != 1
     negatives = [settings.negative_prompt] * len(prompts) if guided else []
-    cond = {"c_crossattn": [model.get_learned_conditioning([*negatives, *prompts])]}
+    cond = {"c_crossattn": [(encode_texts or model.get_learned_conditioning)([*negatives, *prompts])]}
     if hint is not None:
         features = model.control_model.encode_hint(hint.to(model.device)).features
         features = features.expand(len(prompts), -1, -1, -1)
@@ -135,6 +155,16 @@ def check_counts(hint: Tensor | None, prompts: Sequence[str], seeds: Sequence[in
             f"expected a prompt and a seed for each image, and one hint or as many, found {len(prompts)} "
             f"prompts, {len(seeds)} seeds and {0 if hint is None else len(hint)} hints"
         )
+
+
+def check_start(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """The latents of a start, if they are of the batch and there is a timestep for them."""
+    if tuple(start.latents.shape) != tuple(shape) or not start.timesteps:
+        raise ValueError(
+            f"expected latents {tuple(shape)} to start from and a timestep or more, found"
+            f" {tuple(start.latents.shape)} and {len(start.timesteps)} timesteps"
+        )
+    return start.latents
 
 
 def find_sampler(name: str) -> Sampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
+
+log = logging.getLogger(__name__)
 
 Rgb = NDArray[np.uint8]
 """(H, W, 3) uint8."""
@@ -73,3 +76,28 @@ def read_settings(path: Path) -> dict[str, Any] | None:
             return json.loads(image.info[SETTINGS_KEY])
     except (OSError, KeyError, AttributeError, ValueError):
         return None
+
+
+def is_made(path: Path, settings: Mapping[str, Any], *, overwrite: bool, elsewhere: str = "--out") -> bool:
+    """Whether a picture is there with these settings; a damaged one is not.
+
+    overwrite  a picture with other settings is to be made again; else it is refused
+    elsewhere  the flag that names another folder
+
+    Raises
+        ValueError  the picture has other settings
+    """
+    if not path.exists():
+        return False
+    if not is_whole(path):
+        log.warning("%s is damaged and is made again", path)
+        return False
+    found = read_settings(path) or {}
+    differing = [name for name, value in settings.items() if found.get(name) != value]
+    if differing and not overwrite:
+        name = differing[0]
+        raise ValueError(
+            f"{path} is there with other settings ({name} {found.get(name)!r}, now {settings[name]!r});"
+            f" choose another {elsewhere}, or --overwrite"
+        )
+    return not differing

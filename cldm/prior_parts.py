@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cldm.interrupts import not_inherited
 from cldm.prior_file import (
     PriorCard,
     Range,
@@ -93,7 +94,8 @@ def run_all(works: Sequence[Work], first_stage: FirstStage, report: Report) -> N
     """Do all of the work, in this process if it is for one, else in processes of their own.
 
     Raises
-        ValueError  what a process met, or that it was killed; the others are stopped
+        ValueError         what a process met, or that it was killed; the others are stopped
+        KeyboardInterrupt  a signal to stop; each process writes what it reached
     """
     if len(works) == 1:
         works[0].run(first_stage, report)
@@ -106,8 +108,9 @@ def run_all(works: Sequence[Work], first_stage: FirstStage, report: Report) -> N
         for number, work in enumerate(works)
     ]
     try:
-        for process in processes:
-            process.start()
+        with not_inherited():
+            for process in processes:
+                process.start()
         follow(processes, messages, report)
     finally:
         for process in processes:
@@ -132,6 +135,8 @@ def run_one(work: Work, threads: int, messages: Any) -> None:
         messages.put(None)
     except (ValueError, OSError) as error:
         messages.put(str(error))
+    except KeyboardInterrupt:
+        pass  # another process was stopped or failed, and that is said there
 
 
 def follow(processes: Iterable[Any], messages: Any, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import platform
 import time
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader
 
 from cldm.cache import SAMPLES, check_identity, digest_of, encoder_digest
 from cldm.checkpoint import PART_PREFIXES, parts, to_model_keys
+from cldm.generate import to_uint8
+from cldm.interrupts import held_back
 from cldm.model import find_device
 from cldm.prior_file import Prior, PriorCard, Range, joined, read_prior, write_prior
 from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors
@@ -80,15 +83,23 @@ class Work:
     collate: Callable[[list[Any]], Mapping[str, Any]]
     weights: Weights
     shape: tuple[int, int, int]  # of a latent
-    batch_size: int = 8
+    batch_size: int = 4
     num_workers: int = 0
 
     def run(self, first_stage: FirstStage, report: Report) -> None:
         """Go on with the part, or begin it, to the end; it is written now and then, between two batches.
 
         Raises
-            ValueError  a frame that cannot be read, or latents that are not finite
+            ValueError         a frame that cannot be read, or latents that are not finite
+            KeyboardInterrupt  a signal to stop; what was reached is written
         """
+        with held_back() as asked:
+            self.add_batches(first_stage, report, asked)
+        if asked():
+            raise KeyboardInterrupt
+
+    def add_batches(self, first_stage: FirstStage, report: Report, asked: Callable[[], bool]) -> None:
+        """Add batch after batch until all are there, or until `asked` to stop."""
         card, moments = self.start()
         written = time.monotonic()
         batches = [some for one in self.ranges for some in batches_of(one, self.batch_size)]
@@ -99,15 +110,22 @@ class Work:
             collate_fn=self.collate,
             pin_memory=device_of(first_stage.autoencoder).type == "cuda",
         )
-        for done, batch in zip(batches, loader, strict=True):
-            mean, variance = posteriors(first_stage, batch, self.batch_size)
-            moments.update(mean, variance, batch["label"])
-            card = replace(card, covered=joined([*card.covered, done]))
-            report(done[1] - done[0])
-            if time.monotonic() - written > SAVE_SECONDS:
-                write_prior(self.path, Prior(card, moments))
-                written = time.monotonic()
-        write_prior(self.path, Prior(card, moments))
+        try:
+            for done, batch in zip(batches, loader, strict=True):
+                mean, variance = posteriors(first_stage, batch, self.batch_size)
+                moments.update(mean, variance, batch["label"])
+                card = replace(card, covered=joined([*card.covered, done]))
+                report(done[1] - done[0])
+                if asked():
+                    break
+                if time.monotonic() - written > SAVE_SECONDS:
+                    write_prior(self.path, Prior(card, moments))
+                    written = time.monotonic()
+        except RuntimeError:
+            if not asked():  # else Ctrl-C has ended the loader's processes as well
+                raise
+        if card.covered:
+            write_prior(self.path, Prior(card, moments))
 
     def start(self) -> Prior:
         """The part as it is on disk, or an empty one."""
@@ -139,6 +157,18 @@ def posteriors(first_stage: FirstStage, batch: Mapping[str, Any], batch_size: in
         parameters = autoencoder.encode(images).parameters[:count]
     found = DiagonalGaussianDistribution(parameters.cpu().double())
     return found.mean * scale, found.var * scale**2
+
+
+def decoder(first_stage: FirstStage) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
+    """A function from scaled latents (B, C, h, w) to images (B, H, W, 3), one at a time."""
+    autoencoder, scale = first_stage
+
+    @torch.no_grad()
+    def decode(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        parts = torch.from_numpy(np.array(latents)).to(device_of(autoencoder)).split(1)
+        return torch.cat([to_uint8(autoencoder.decode(part / scale)) for part in parts]).numpy()
+
+    return decode
 
 
 def device_of(autoencoder: AutoencoderKL) -> torch.device:
@@ -211,6 +241,30 @@ def open_cache(folder: str | Path, rows: Mapping[str, Any], first_stage: FirstSt
             " where it was, or leave the cache out to encode"
         )
     return str(precision)
+
+
+def card_of(
+    source: Any, frames: NDArray[np.int64], first_stage: FirstStage, *, seed: int, **known: Any
+) -> PriorCard:
+    """The card of a prior of some frames of a data set with label maps.
+
+    seed   by which the frames were drawn, if not all of them are taken
+    known  further fields
+    """
+    drawn = len(frames) < len(source)
+    chosen = hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
+    return PriorCard(
+        split=source.split,
+        selection={"frames": len(source), "sample_size": len(frames), "seed": seed if drawn else None}
+        | ({"chosen": chosen} if drawn else {}),
+        first_stage=encoder_fingerprint(first_stage.autoencoder),
+        scale_factor=first_stage.scale_factor,
+        size=tuple(source.size),
+        label_space=source.space.name,
+        classes=tuple(source.space.names),
+        versions=versions(),
+        **known,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cldm.prior_file import Prior, PriorCard, check_consistent
+from cldm.prior_pass import FirstStage, encoder_fingerprint, versions
 from cldm.tensor_files import CheckpointError
 from ldm.priors.moments import VOID, LatentMoments, Moments
 
@@ -233,3 +235,26 @@ def class_moments(found: dict[Any, Any], ids: Sequence[int], joint: Moments) -> 
     flat = joint.count.reshape(len(joint.count), -1)
     pixels, images = (np.where(there, np.maximum(1, n), 0) for n in (flat.sum(axis=1), flat.max(axis=1)))
     return of_deviation(pixels, mean, std), of_deviation(images, mean, std)
+
+
+def published_prior(found: Published, first_stage: FirstStage, name: str, **made_of: Any) -> Prior:
+    """Published statistics with a card, as if they were of an autoencoder, which they do not say.
+
+    name     of the statistics
+    made_of  dataset, split, label_space and classes of the card
+    """
+    down, moments = first_stage.autoencoder.downsampling, found.moments
+    card = PriorCard(
+        **made_of,
+        rows={},
+        selection={},
+        total=moments.images,
+        first_stage=encoder_fingerprint(first_stage.autoencoder),
+        scale_factor=first_stage.scale_factor,
+        size=(moments.shape[1] * down, moments.shape[2] * down),
+        covered=((0, moments.images),),
+        versions=versions(),
+        origin={"published": name, "phantom classes": found.phantoms},
+    )
+    check_consistent(card, moments)
+    return Prior(card, moments)

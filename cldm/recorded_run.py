@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cldm.config import SampleConfig, check_sample
+from cldm.config import (
+    SampleConfig,
+    check_run,
+    check_sample,
+    is_model_file,
+    load_run_config,
+    merge,
+    parse_overrides,
+)
 from cldm.weights import recorded_yaml
+
+SEEN_AS = ("size", "crop", "prompt", "words", "hint", "label_space")  # of data: how frames become conditions
 
 
 class RecordedRun(NamedTuple):
@@ -55,3 +65,44 @@ def read_recorded_run(checkpoint: Path, given: Mapping[str, Any] | None = None) 
     )
     sentence = None if prompt is None else str(prompt)
     return RecordedRun(whole, sentence, sample, hint, dataset, label_space, words, seed)
+
+
+def as_trained(config: DictConfig, checkpoint: Path) -> DictConfig:
+    """The configuration of a run, with frames seen and images sampled as the checkpoint's own run did.
+
+    What the checkpoint does not record stays as it is.
+    """
+    run = recorded_yaml(checkpoint, "run_config") or OmegaConf.create()
+    taken = {"data": SEEN_AS, "train": ("seed",), "sample": tuple(vars(SampleConfig()))}
+    layer = {
+        section: {
+            name: value for name in names if (value := OmegaConf.select(run, f"{section}.{name}")) is not None
+        }
+        for section, names in taken.items()
+    }
+    return merge(config, layer, f"{checkpoint}: its run_config")
+
+
+def sampling_config(
+    dataset: str,
+    config: str | Path | None,
+    checkpoint: Path,
+    overrides: Sequence[str],
+    flags: Mapping[str, Mapping[str, Any]],
+) -> DictConfig:
+    """How to sample for the maps of a data set: run file <- the checkpoint's record <- overrides <- flags.
+
+    config  a model file, or a run file, which then stands for what the checkpoint recorded as well
+    flags   values by section and name; None is not given
+
+    Raises
+        ValueError  keys or values that no run has
+    """
+    found = load_run_config(dataset, config, [])
+    if config is None or is_model_file(config):
+        found = as_trained(found, checkpoint)
+    given = {part: {k: v for k, v in some.items() if v is not None} for part, some in flags.items()}
+    for layer, where in [*parse_overrides(overrides), (given, "the flags")]:
+        found = merge(found, layer, where)
+    check_run(found)
+    return found

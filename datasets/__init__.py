@@ -109,6 +109,13 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
 }
 
+OTHER_NAMES = {"coco-stuff": "cocostuff"}  # what SCP-Diff's flags call them
+
+
+def registered_name(name: str) -> str:
+    """The name of a data set in DATASETS, also if it is given by one of OTHER_NAMES."""
+    return OTHER_NAMES.get(name, name)
+
 
 def find_entry(name: str) -> DatasetEntry:
     """The registry row of a data set; an unknown name is answered with the near one."""
@@ -128,6 +135,22 @@ def create_dataset(name: str, **kwargs: object) -> Dataset:
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"data set {name} has no option {unknown[0]!r}; it takes {', '.join(known)}")
     return cls(**options)
+
+
+def create_labelled(name: str, **options: object) -> Any:
+    """A data set with label maps whose samples are of one size; options that are None are not given.
+
+    Raises
+        ValueError  no label maps, no size, or an option that the data set does not have
+    """
+    source: Any = create_dataset(
+        name, **{option: value for option, value in options.items() if value is not None}
+    )
+    if getattr(source, "space", None) is None:
+        raise ValueError(f"expected a data set with label maps, found {name}, which has none")
+    if source.size is None:
+        raise ValueError("expected --resolution H W, as the frames have no size of their own, found none")
+    return source
 
 
 def options_of(cls: Callable[..., Dataset]) -> list[str]:

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from house import ROOT, run_script
 
-SCRIPTS = ("train_step.py", "fast_quality.py", "sample_step.py", "start_up.py")
+SCRIPTS = (
+    *("train_step.py", "fast_quality.py", "sample_step.py", "start_up.py"),
+    *("prior_pass.py", "prior_table.py"),
+)
 SMALL = ("--size", "64", "64")
 
 
@@ -48,6 +51,8 @@ def test_help_is_the_docstring(script: str) -> None:
         ("train_step.py", ("--size", "64", "100"), "--size"),
         ("sample_step.py", ("--steps", "0"), "--steps"),
         ("fast_quality.py", ("--seeds", "1"), "--seeds"),
+        ("prior_pass.py", ("--images", "0"), "--images"),
+        ("prior_table.py", ("--prior", "nowhere.safetensors", "--out", "x"), "--prior"),
         ("start_up.py", ("--ckpt", "models/cldm_v15.yaml"), "--diffusers"),
     ],
 )
@@ -132,3 +137,15 @@ def test_start_up_measures_both_sides() -> None:
         stages = sum(record[side][name] for name in ("import_s", "load_s", "step_s"))
         assert stages == pytest.approx(record[side]["total_s"], rel=0.01)
         assert record[side]["peak_anonymous_mib"] < record[side]["peak_rss_mib"]
+
+
+def test_a_prior_is_measured_by_both_sides_alike() -> None:
+    result = run_script(
+        "benchmarks/prior_pass.py", *SMALL, "--images", "2", "--batch", "2", "--steps", "1", timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads(result.stdout)
+    assert record["relative_error"] < 1e-5
+    assert record["ours"]["encodings_per_image"] == 1
+    assert record["predecessor"]["encodings_per_image"] == 2 + record["classes_per_image"]
+    assert record["ratio"]["median"] > 1

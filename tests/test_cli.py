@@ -39,7 +39,15 @@ FLAGS = {
     "noise_prior.py": {
         *("--dataset", "--root", "--split", "--resolution", "--sample_size", "--seed", "--ckpt", "--base"),
         *("--config", "--ddpm_steps", "--covariance", "--published", "--save_dir", "--save_name", "--cache"),
-        *("--shard", "--processes", "--batch_size", "--num_workers", "--device"),
+        *("--shard", "--processes", "--batch_size", "--num_workers", "--device", "--show"),
+    },
+    "noise_prior_inference.py": {
+        *("--dataset", "--root", "--split", "--sample_size", "--resolution", "--ckpt", "--base", "--config"),
+        *("--seed", "--prior_type", "--prior", "--stat_dir", "--stat_name", "--resample_prior"),
+        *("--diffusion_steps", "--steps_after_start", "--spatial_scale", "--class_scale", "--undivided"),
+        *("--shrinkage", "--weighting", "--prompt", "--scale", "--steps", "--sampler", "--eta"),
+        *("--strength", "--negative_prompt", "--save_dir", "--overwrite", "--copy_real", "--shard"),
+        *("--batch_size", "--device", "--precision"),
     },
     "tool_add_control.py": {"--control", "--config", "--seed"},
     "tool_check_dataset.py": {

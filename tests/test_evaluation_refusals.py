@@ -137,7 +137,7 @@ def test_labels_of_another_protocol_and_small_images_get_one_sentence(
         (["compare", "a.json"], "compare takes two cards or more"),
         ([], "expected one folder of generated images, found 0"),
         (["nowhere"], "nowhere does not exist"),
-        ([".", "--shard", "2/2"], "--shard must be I/N"),
+        ([".", "--shard", "3/2"], "--shard must be I/N"),
         ([".", "--predicted", "."], "--predicted and --predicted_real belong together"),
     ],
 )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from house import ROOT
 from torch import Tensor
 
 import noise_prior
@@ -149,22 +154,23 @@ def test_shards_are_merged_to_the_same_file(call: Any, encoded: list[int], tmp_p
 
 
 def test_an_interrupted_run_goes_on_exactly(
-    call: Any, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+    call: Any, encoded: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = call(out="whole")
-    monkeypatch.setattr(prior_pass, "SAVE_SECONDS", -1)
     take = prior_pass.posteriors
 
     def interrupted(*given: Any) -> Any:
-        if sum(encoded) == FRAMES + 4:
-            raise KeyboardInterrupt
+        if sum(encoded) == FRAMES + 2:
+            os.kill(os.getpid(), signal.SIGINT)
         return take(*given)
 
     monkeypatch.setattr(prior_pass, "posteriors", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as exit_:
         call()
+    assert exit_.value.code == 130
+    assert "stopped; what was reached is kept" in capsys.readouterr().err.splitlines()[-1]
     [part] = find_parts(whole.parents[2] / "out" / "streets" / "prior.safetensors")
-    assert read_card(part).covered == ((0, 4),)
+    assert read_card(part).covered == ((0, 4),)  # the batch is finished first
     monkeypatch.setattr(prior_pass, "posteriors", take)
     path = call()
     assert sum(encoded) == 2 * FRAMES
@@ -423,3 +429,63 @@ def test_published_statistics_are_converted(
     assert "contaminated by 1 phantom classes (77)" in caplog.text
     np.testing.assert_allclose(prior.moments.classes.mean[5], by_class[5]["mean"])
     assert isinstance(prior.moments, LatentMoments)
+
+
+# -- stopping ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_group", [False, True])
+def test_ctrl_c_stops_all_processes_and_each_keeps_what_it_reached(
+    tree: Path, weights: Path, tiny_yaml: Path, tmp_path: Path, to_group: bool
+) -> None:
+    slow = "import time, cldm.prior_pass as p\ntake = p.posteriors\ndef posteriors(*a):\n"
+    slow += "    time.sleep(1)\n    return take(*a)\np.posteriors = posteriors\n"
+    (tmp_path / "slow.py").write_text(
+        slow + "import noise_prior\nif __name__ == '__main__':\n    noise_prior.main()\n"
+    )
+    words = [
+        "--dataset",
+        "streets",
+        "--root",
+        tree,
+        "--ckpt",
+        weights,
+        "--config",
+        tiny_yaml,
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--resolution",
+        *SIZE,
+        "--batch_size",
+        1,
+        "--processes",
+        2,
+        "--save_dir",
+        tmp_path,
+        "--save_name",
+        "p",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "slow.py"), *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    shown = ""
+    while not re.search("[1-3]/7", shown):  # of the progress bar
+        assert process.stderr is not None
+        letter = process.stderr.read(1)
+        assert letter, shown
+        shown += letter
+    (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "stopped; what was reached is kept" in said
+    kept = sum(read_card(part).images for part in find_parts(tmp_path / "streets" / "p.safetensors"))
+    assert 1 <= kept < 7

@@ -5,6 +5,8 @@ Notation of Ho et al. 2020 (arXiv:2006.11239): x_t ~ N(sqrt(abar_t) x_0, 1 - aba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -147,3 +149,23 @@ def uniform_timesteps(num_steps: int, num_timesteps: int = 1000) -> list[int]:
     # Divided first, so that a tie such as 499.5 falls where numpy.linspace, in diffusers, lets it.
     stride = (num_timesteps - 1) / num_steps
     return [round(i * stride) for i in reversed(range(1, num_steps + 1))]
+
+
+def timesteps_from(
+    start: int, grid: Sequence[int], num_steps: int | None = None, num_timesteps: int = 1000
+) -> list[int]:
+    """Decreasing timesteps of a run that starts in the midst of noising; the first one is `start`.
+
+    start      0..T-1, whether it is on the grid or not
+    grid       timesteps of a whole run; those below `start` follow it
+    num_steps  exactly so many instead, from `start` down as `uniform_timesteps` spaces them
+    """
+    if not 0 <= start < num_timesteps:
+        raise ValueError(f"expected a timestep in 0..{num_timesteps - 1} to start from, found {start}")
+    if num_steps is None:
+        return [start, *(t for t in grid if t < start)]
+    if not 1 <= num_steps <= start + 1:
+        raise ValueError(
+            f"expected 1..{start + 1} steps, as there are timesteps from {start} down, found {num_steps}"
+        )
+    return uniform_timesteps(num_steps, start + 1)
