@@ -63,7 +63,7 @@ demo: install
 	$(call step,training,$(PY) tool_add_control.py $(BASE) $(DEMO)/control_ini.safetensors)
 	$(call step,training,$(PY) tutorial_train.py --dataset streets --resume_path $(DEMO)/control_ini.safetensors \
 	  --max_steps $(STEPS) --logger_freq 100 --default_root_dir $(DEMO) data.root=$(DEMO)/streets \
-	  train.val_freq=25 train.val_samples=24)
+	  train.val_freq=25 train.val_samples=24 train.warmup=20)
 	$(call step,samples,$(PY) generate.py --ckpt $(FRESH) \
 	  --hint $(DEMO)/streets/gtFine/val --out $(DEMO)/fresh $(SAMPLING))
 	$(call step,samples,$(PY) generate.py --ckpt $(SHIPPED) \
