@@ -74,6 +74,7 @@ def call(tree: Path, files: tuple[Path, Path], tiny_yaml: Path, tmp_path: Path) 
         argv = ["--dataset", "streets", "--root", tree, "--ckpt", files[0], "--config", tiny_yaml]
         argv += ["--prior", files[1], "--prior_type", kind, "--diffusion_steps", t, "--resolution", *SIZE]
         argv += ["--save_dir", tmp_path / out, "--device", "cpu", "--steps", 5, "--scale", 3, "--seed", 7]
+        argv += ["sample.strength=1"]  # of ddim_by_loops
         script.main([*map(str, argv), *map(str, flags)])
         (found,) = (tmp_path / out / "streets").iterdir()
         return found
