@@ -62,6 +62,7 @@ def test_wrong_arguments_are_refused_and_named(script: str, arguments: tuple[str
     assert names in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_loading_is_compared_on_rendered_frames() -> None:
     arguments = ("--samples", "2", "--size", "64", "128", "--workers", "1", "--batch", "1", "--steps", "1")
     result = run_script("benchmarks/load_frames.py", *arguments, timeout=300)
@@ -139,6 +140,7 @@ def test_start_up_measures_both_sides() -> None:
         assert record[side]["peak_anonymous_mib"] < record[side]["peak_rss_mib"]
 
 
+@pytest.mark.slow
 def test_a_prior_is_measured_by_both_sides_alike() -> None:
     result = run_script(
         "benchmarks/prior_pass.py", *SMALL, "--images", "2", "--batch", "2", "--steps", "1", timeout=300

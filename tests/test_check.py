@@ -625,6 +625,7 @@ def test_a_sample_of_any_data_set_is_shown(
         tutorial_dataset.main([*words[:4], "--out", str(tmp_path / "no" / "x.png")])
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_one_line_of_json() -> None:
     result = run_script("benchmarks/check_dataset.py", "--frames", "48", "--size", "64", "128")
     assert result.returncode == 0, result.stderr[-2000:]

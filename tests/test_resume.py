@@ -105,7 +105,14 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGTERM",
+        pytest.param("SIGINT", marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_step_and_the_run_goes_on_from_there(
     tmp_path: Path, words: list[str], whole: Path, name: str
 ) -> None:
@@ -121,6 +128,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on_from_there(
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_average_schedule_and_cache_go_on_as_well(tmp_path: Path, words: list[str]) -> None:
     more = ["train.ema=0.9", "train.schedule=cosine", "train.warmup=3", "train.offset_noise=0.1"]
     more += ["train.min_snr_gamma=5", f"data.cache={tmp_path / 'cache'}", "data.cache_crops=3"]
