@@ -129,18 +129,8 @@ def request_of(args: argparse.Namespace) -> Request:
     from metrics.blocks import Shard
     from metrics.evaluation import Request
 
-    same = (
-        "fake",
-        "real",
-        "labels",
-        "labels_hold",
-        "dataset",
-        "split",
-        "protocol",
-        "predicted",
-        "predicted_real",
-    )
-    same += ("cache", "device", "allow_leak", "allow_few")
+    same = ("fake", "real", "labels", "labels_hold", "dataset", "split", "protocol", "predicted")
+    same += ("predicted_real", "cache", "device", "allow_leak", "allow_few")
     return Request(
         checkpoint=args.ckpt,
         shard=Shard(args.shard[0] - 1, args.shard[1]),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import INTERRUPTED, keep_freed_memory, parse_shard, refuse
+from cldm.cli import INTERRUPTED, check_least, keep_freed_memory, parse_shard, refuse
 from cldm.config import DataConfig, check_run, load_run_config
 from datasets import DATASETS, create_labelled, find_entry, registered_name
 
@@ -80,9 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="data.* keys of a run, e.g. data.crop=centre")
     args = parser.parse_intermixed_args(argv)
     least = {"sample_size": 1, "seed": 0, "processes": 1, "batch_size": 1, "num_workers": 0}
-    for name, limit in least.items():
-        if getattr(args, name) is not None and getattr(args, name) < limit:
-            parser.error(f"--{name} must be {limit} or more, found {getattr(args, name)}")
+    check_least(parser, args, least)
     args.shard = parse_shard(parser, args.shard)
     return args
 
@@ -173,11 +171,11 @@ def show(args: argparse.Namespace, target: Path, first_stage: FirstStage) -> Non
         return
     from cldm.prior_file import read_prior
     from cldm.prior_pass import decoder
-    from metrics.page import write_page
+    from datasets.files import write_text
     from metrics.prior_page import prior_page
 
     args.show.parent.mkdir(parents=True, exist_ok=True)
-    write_page(args.show, prior_page(read_prior(target), decoder(first_stage)))
+    write_text(args.show, prior_page(read_prior(target), decoder(first_stage)))
     log.info("drawn in %s", args.show)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cldm.cli import INTERRUPTED, keep_freed_memory, parse_shard, refuse
+from cldm.cli import INTERRUPTED, check_least, keep_freed_memory, parse_shard, refuse
 from cldm.config import SAMPLER_NAMES
 from datasets import DATASETS, create_labelled, find_entry, registered_name
 
@@ -83,9 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("auto", "32", "bf16", "16"), default="auto", help="of all but the VAE")
     add("overrides", nargs="*", metavar="key=value", help="data.* and sample.* keys of a run")
     args = parser.parse_intermixed_args(argv)
-    for name, least in (("sample_size", 1), ("seed", 0), ("batch_size", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} must be {least} or more, found {getattr(args, name)}")
+    check_least(parser, args, {"sample_size": 1, "seed": 0, "batch_size": 1})
     if args.diffusion_steps != AUTO:
         if not args.diffusion_steps.isdecimal():
             parser.error(f"--diffusion_steps must be auto or in 0..999, found {args.diffusion_steps}")

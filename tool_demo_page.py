@@ -50,9 +50,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Folders -> story -> page."""
     args = parse_args(argv)
+    from datasets.files import write_text
     from metrics.demo_inputs import read_commands
     from metrics.demo_page import Story, tell
-    from metrics.page import write_page
 
     at = {flag: getattr(args, flag) or args.folder / place for flag, (place, _) in PARTS.items()}
     pictures = args.folder / "pictures"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pictures.mkdir(exist_ok=True)
         for earlier in pictures.glob("*.png"):
             earlier.unlink()
-        write_page(args.folder / "index.html", tell(Story(at, pictures, read_commands(at["commands"]))))
+        write_text(args.folder / "index.html", tell(Story(at, pictures, read_commands(at["commands"]))))
     except (ValueError, OSError) as error:
         refuse(str(error))
     print(f"open {args.folder / 'index.html'}")

@@ -125,7 +125,7 @@ def reconstruct_all(args: argparse.Namespace, frames: LabelledFrames) -> tuple[A
     import numpy as np
     from tqdm import trange
 
-    from cldm.base_stage import load_first_stage
+    from cldm.base_stage import take_first_stage
     from cldm.first_stage import PREFIX, reconstruct
     from cldm.model import create_model, find_device, model_config_of
     from cldm.tensor_files import read_shapes
@@ -133,7 +133,7 @@ def reconstruct_all(args: argparse.Namespace, frames: LabelledFrames) -> tuple[A
     if not any(name.startswith(PREFIX) for name in read_shapes(args.first_stage)):
         raise ValueError(f"{args.first_stage} holds no autoencoder; expected tensors named {PREFIX}*")
     model = create_model(model_config_of(args.first_stage))
-    load_first_stage(model, args.first_stage)
+    take_first_stage(model, args.first_stage)
     autoencoder = model.first_stage_model.to(find_device(args.device)).eval()
     pictures, psnr = [], 0.0
     for i in trange(0, len(frames), FRAMES_AT_ONCE, desc="reconstructing", unit="part"):

@@ -48,7 +48,7 @@ def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
     """Train for the minutes of the slice, write the file, return the last figures."""
     import pytorch_lightning as pl
 
-    from cldm.base_stage import BaseTraining, load_first_stage, write_base
+    from cldm.base_stage import BaseTraining, take_first_stage, write_base
     from cldm.digests import sha256_of
     from cldm.model import create_model, load_model_config
     from cldm.slices import TrainingSlice, read_progress
@@ -60,7 +60,7 @@ def run_slice(config: DictConfig, out: Path) -> dict[str, Any]:
     pl.seed_everything(train.seed, verbose=False)
     model_file = load_model_config(config.model.config)
     model = create_model(model_file)
-    load_first_stage(model, config.data.first_stage)
+    take_first_stage(model, config.data.first_stage)
     digest = sha256_of(config.data.first_stage)
     identity = f"{identity_of(config)}first_stage: {digest}\n"
     Path(section.folder).mkdir(parents=True, exist_ok=True)

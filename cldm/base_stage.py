@@ -182,7 +182,7 @@ def held_out_losses(model: ControlLDM, latents: Latents) -> dict[int, float]:
     return losses
 
 
-def load_first_stage(model: ControlLDM, path: str | Path) -> None:
+def take_first_stage(model: ControlLDM, path: str | Path) -> None:
     """Give `model` the autoencoder of a file, strictly."""
     if not Path(path).is_file():
         raise FileNotFoundError(

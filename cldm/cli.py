@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,14 @@ def parse_shard(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
     if not 1 <= number <= count:
         parser.error(f"--shard must be I/N with 1 <= I <= N, such as 1/4, found {text}")
     return number, count
+
+
+def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Refuse a flag below its least value; one that was not given is None."""
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            parser.error(f"--{name} must be {limit} or more, found {value}")
 
 
 def keep_freed_memory() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
+
+from cldm.whole_files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +47,8 @@ def write_png(path: Path, picture: Rgb, settings: Mapping[str, Any] | None = Non
     notes = PngImagePlugin.PngInfo()
     if settings is not None:
         notes.add_itxt(SETTINGS_KEY, json.dumps(settings, sort_keys=True))
-    partial = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("wb") as file:
-            Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG", pnginfo=notes)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        Image.fromarray(np.ascontiguousarray(picture)).save(partial, format="PNG", pnginfo=notes)
 
 
 def is_whole(path: Path) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cldm.pictures import Rgb, is_made, write_png
+from cldm.whole_files import whole_file
 
 SAMPLES, REAL, LABELS = "sample", "real", "gt_label"
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
@@ -194,13 +194,9 @@ def true_suffix(photo: Path) -> str:
 
 def put(source: Path, target: Path, *, copy: bool) -> None:
     """Link to a file, or copy it where that is asked for, or where there are no links."""
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
-    try:
+    with whole_file(target) as partial:
         if copy or not linked(source, partial):
             shutil.copyfile(source, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def linked(source: Path, target: Path) -> bool:
@@ -217,16 +213,9 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     text = "".join(f"{line}\n" for line in lines)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def with_settings(job: Job, settings: Mapping[str, Any]) -> Job:

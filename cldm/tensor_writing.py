@@ -1,8 +1,6 @@
 """Write files of named tensors whole or not at all: safetensors, or a torch zip for .ckpt, .pth and .pt."""
 
 import json
-import os
-import secrets
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors
+from cldm.whole_files import sync, whole_file
 
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -34,30 +33,25 @@ _MARGIN = 1 << 20  # bytes on top of the tensors: zip directory, file system blo
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file whole or not at all: temporary name, sync, check by reading, rename, open again.
+    """Write a file whole or not at all: temporary name, check by reading, sync, rename, open again.
 
     A safetensors file holds one tensor at a time in memory; a torch file copies tensors that share storage.
     """
     target = Path(path).resolve()  # through a link, so that the link survives and the disk is the right one
     notes = dict(metadata or {})
     _check_request(target, tensors, notes)
-    partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
     is_torch = target.suffix.lower() in TORCH_SUFFIXES
     write = _write_torch if is_torch else _write_safetensors
     try:
-        with partial.open("xb") as file:
-            write(file, tensors, notes)
-            file.flush()
-            os.fsync(file.fileno())
-        _verify(partial, tensors)
-        contents = _contents(partial, is_torch)
-        partial.replace(target)
-        _sync_folder(target.parent)
+        with whole_file(target) as partial:
+            with partial.open("xb") as file:
+                write(file, tensors, notes)
+            _verify(partial, tensors)
+            contents = _contents(partial, is_torch)
+        sync(target.parent)  # makes the rename itself durable
         _reopen(target, contents, is_torch)
     except OSError as error:
         raise CheckpointError(f"{target} could not be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_request(target: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
@@ -161,14 +155,3 @@ def _reopen(target: Path, contents: object, is_torch: bool) -> None:
         f"{target} is not the file that was verified before it got this name ({found}); "
         "check the disk and write it again"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened (not on Windows)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ from torch import Tensor
 from cldm.cldm import ControlLDM
 from cldm.generate import draw_noise
 from cldm.logger import Samples, evaluating
+from cldm.whole_files import whole_file
 from ldm.models.diffusion.ddpm import channels_first
 
 log = logging.getLogger(__name__)
@@ -269,9 +270,8 @@ def forget_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -56,10 +56,15 @@ def is_colour_map(path: str | Path) -> bool:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     target = Path(path)
     partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 from cldm.digests import sha256_of
 from cldm.tensor_files import read_metadata
-from datasets.streets.tree import CARD, write_file
+from datasets.files import write_text
+from datasets.streets.tree import CARD
 from metrics.judge_data import LabelledFrames
 
 PACKAGES = ("numpy", "torch", "torchmetrics", "transformers")
@@ -65,4 +66,4 @@ def versions() -> dict[str, str]:
 def write_card(path: str | Path, card: dict[str, Any]) -> None:
     """Write a card as JSON, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_file(Path(path), (json.dumps(card, indent=1) + "\n").encode())
+    write_text(path, json.dumps(card, indent=1) + "\n")

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cldm.pictures import Rgb, sheet, write_png
+from datasets.files import write_text
 from datasets.label_space import Size, resize_labels
 from metrics.blocks import Block
 from metrics.compare import as_markdown, flat, table_of
 from metrics.evaluation import Findings
 from metrics.image_sets import Item, resize_picture
-from metrics.page import Html, bars, command, gallery, joined, page, picture, table, tag, write_page
+from metrics.page import Html, bars, command, gallery, joined, page, picture, table, tag
 from metrics.segmentation import Margins, ious_of
 from metrics.segmentation_card import CONVENTIONS
 
@@ -73,7 +74,7 @@ def write_report(findings: Findings, out: Path) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     for earlier in pictures.glob("*.png"):
         earlier.unlink()
-    write_page(out / "index.html", tell(Story(findings, pictures)))
+    write_text(out / "index.html", tell(Story(findings, pictures)))
     return out / "index.html"
 
 

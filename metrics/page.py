@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
 VOID_TAGS = {"img", "meta", "line", "circle", "polyline", "polygon", "rect"}
 
@@ -117,13 +116,6 @@ def page(title: str, lead: Sequence[str], sections: Sequence[tuple[str, str, Seq
     )
     body = tag("body", tag("header", tag("h1", title), *lead, links), tag("main", *parts))
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
-
-
-def write_page(path: Path, content: str) -> None:
-    """Write a page whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
 
 
 STYLE = """

@@ -117,6 +117,15 @@ def tiny_model(tiny_model_once: ControlLDM) -> ControlLDM:
     return copy.deepcopy(tiny_model_once)
 
 
+@pytest.fixture(scope="module")
+def model(tiny_model_once: ControlLDM) -> ControlLDM:
+    """The tiny model, made sensitive to its hint: one after another its SiLUs shrink what varies."""
+    model = copy.deepcopy(tiny_model_once)
+    for name, parameter in model.control_model.input_hint_block.named_parameters():
+        parameter.data.mul_(2.5 if name.endswith("weight") else 0)
+    return model
+
+
 @pytest.fixture
 def tiny_batch() -> dict[str, Any]:
     """Return two collated samples of 64 x 128: not square, so that axes cannot be mixed up."""

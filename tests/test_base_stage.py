@@ -23,7 +23,7 @@ from cldm.base_stage import (
     encode_once,
     encode_photos,
     held_out_losses,
-    load_first_stage,
+    take_first_stage,
 )
 from cldm.cldm import ControlLDM
 from cldm.model import create_model
@@ -269,10 +269,10 @@ def test_captions_of_the_picture_name_all_conditions(overrides: list[str]) -> No
 
 def test_a_file_without_an_autoencoder_is_refused(tmp_path: Path, tiny_model: ControlLDM) -> None:
     with pytest.raises(FileNotFoundError, match=r"tool_train_streets_vae\.py"):
-        load_first_stage(tiny_model, tmp_path / "none.safetensors")
+        take_first_stage(tiny_model, tmp_path / "none.safetensors")
     write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="holds no autoencoder of the model file"):
-        load_first_stage(tiny_model, tmp_path / "x.safetensors")
+        take_first_stage(tiny_model, tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -39,15 +39,6 @@ def hint() -> Tensor:
     return blocks.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model_once: ControlLDM) -> ControlLDM:
-    """The tiny model, made sensitive to its hint: one after another its SiLUs shrink what varies."""
-    model = copy.deepcopy(tiny_model_once)
-    for name, parameter in model.control_model.input_hint_block.named_parameters():
-        parameter.data.mul_(2.5 if name.endswith("weight") else 0)
-    return model
-
-
 @pytest.fixture
 def own_model(model: ControlLDM) -> ControlLDM:
     """A copy to change."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -46,15 +45,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("streets") / "streets"
     make_tree(root, Plan("camera", size=SIZE, train=1, val=FRAMES), workers=1)
     return root
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model_once: ControlLDM) -> ControlLDM:
-    """The tiny model, made sensitive to its hint."""
-    model = copy.deepcopy(tiny_model_once)
-    for name, parameter in model.control_model.input_hint_block.named_parameters():
-        parameter.data.mul_(2.5 if name.endswith("weight") else 0)
-    return model
 
 
 @pytest.fixture(scope="module")

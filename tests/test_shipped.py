@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cldm.config import SampleConfig
-from cldm.digests import sha256_of
+from cldm.digests import fingerprint, sha256_of
 from cldm.generate import generate
 from cldm.model import create_model, model_config_of
 from cldm.tensor_files import read_metadata, read_tensors
@@ -57,6 +58,18 @@ def test_the_judge_sees_a_street(shipped: dict[str, Path]) -> None:
     truth = LabelSpace.load("cityscapes").to_train_ids(frame.label_ids, "a frame")
     known = truth != 255
     assert (judge(frame.image[None])[0] == truth)[known].mean() > 0.8
+
+
+def test_the_committed_report_is_of_these_weights(shipped: dict[str, Path], repo_root: Path) -> None:
+    report = repo_root / "docs/reports/streets_control"
+    card = json.loads((report / "card.json").read_text(encoding="utf-8"))
+    control, judge = shipped["control_streets.safetensors"], shipped["streets_judge.safetensors"]
+    assert card["generation"]["checkpoint_fingerprint"] == fingerprint(control)
+    assert card["measured_by"]["segmentation"]["segmenter"]["sha256"] == sha256_of(judge)
+    assert card["renderer"]["renderer_hash"] == renderer_hash()
+    assert (card["generated"]["count"], card["maps"]["count"], card["leaks"]["status"]) == (750, 250, "clean")
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert all((report / picture).is_file() for picture in re.findall(r'src="([^"]+)"', page))
 
 
 def test_the_control_finds_its_base_and_samples(shipped: dict[str, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import struct
@@ -47,15 +46,6 @@ SCENE = np.repeat(
 LABEL_IDS, TRAIN_IDS, COLOURS = (np.array([row[i] for row in CLASSES], np.uint8)[SCENE] for i in range(3))
 FAST = SampleConfig(steps=2, scale=3.0)
 HINT = Hint("a scene_labelIds.png", COLOURS, {}, "0123")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model_once: ControlLDM) -> ControlLDM:
-    """The tiny model, made sensitive to its hint."""
-    model = copy.deepcopy(tiny_model_once)
-    for name, parameter in model.control_model.input_hint_block.named_parameters():
-        parameter.data.mul_(2.5 if name.endswith("weight") else 0)
-    return model
 
 
 @pytest.fixture

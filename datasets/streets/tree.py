@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datasets.base import CAPTIONS, check_size
-from datasets.files import read_labels
+from datasets.files import read_labels, write_bytes, write_text
 from datasets.label_space import LabelSpace, Rgb, Size
 from datasets.streets import CONDITIONS, RENDERER_VERSION
 from datasets.streets.caption import compose_caption
@@ -114,7 +114,7 @@ def make_tree(
             captions[item.stem] = caption_on_disk(item, root)
     path = root / CAPTIONS
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_file(path, (json.dumps(dict(sorted((known | captions).items())), indent=0) + "\n").encode())
+    write_text(path, json.dumps(dict(sorted((known | captions).items())), indent=0) + "\n")
 
 
 def count_cores() -> int:
@@ -139,7 +139,7 @@ def _check_card(root: Path, size: Size) -> None:
             f"{root} holds frames that were not rendered here; choose another folder, --out or data.root"
         )
     root.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(card) + "\n").encode())
+    write_text(path, json.dumps(card) + "\n")
 
 
 def _render_all(items: list[Item], root: Path, size: Size, workers: int) -> Iterator[tuple[str, str]]:
@@ -163,7 +163,7 @@ def write_item(item: Item, root: Path, size: Size) -> tuple[str, str]:
     """Render one frame and write its four files; returns its stem and its caption."""
     frame = render_frame(item.seed, size, domain=item.domain, condition=item.condition)
     for kind, path in item.paths(root).items():
-        write_file(path, encode(frame, kind))
+        write_bytes(path, encode(frame, kind))
     return item.stem, frame.caption
 
 
@@ -200,13 +200,6 @@ def caption_on_disk(item: Item, root: Path) -> str:
     place = lay_out_street(np.random.default_rng([item.seed, 0])).place
     labels = np.asarray(read_labels(item.paths(root)["labelIds"]), np.uint8)
     return compose_caption(place.name, item.domain, item.condition, labels)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write under another name, then rename, so that no half file has the right name."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def label_statistics(seeds: Iterable[int], size: Size) -> NDArray[np.int64]:
