@@ -14,7 +14,7 @@ from house import ROOT, run_script
 
 SCRIPTS = (
     *("train_step.py", "fast_quality.py", "sample_step.py", "start_up.py"),
-    *("prior_pass.py", "prior_table.py"),
+    *("prior_pass.py", "prior_loss.py", "prior_table.py"),
 )
 SMALL = ("--size", "64", "64")
 
@@ -52,6 +52,7 @@ def test_help_is_the_docstring(script: str) -> None:
         ("sample_step.py", ("--steps", "0"), "--steps"),
         ("fast_quality.py", ("--seeds", "1"), "--seeds"),
         ("prior_pass.py", ("--images", "0"), "--images"),
+        ("prior_loss.py", ("--prior", "nowhere.safetensors"), "--prior"),
         ("prior_table.py", ("--prior", "nowhere.safetensors", "--out", "x"), "--prior"),
         ("start_up.py", ("--ckpt", "models/cldm_v15.yaml"), "--diffusers"),
     ],

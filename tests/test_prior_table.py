@@ -1,4 +1,4 @@
-"""The table of priors, in small: what is sampled and judged, and that it is not done twice."""
+"""The tables of priors, in small: what is sampled and judged and not done twice; what each kind knows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from oracles import randomize
 from PIL import Image
-from prior_samples import SIZE, write_random_prior
+from prior_samples import ABAR, SIZE, random_moments, write_random_prior
 
 import cldm.prior_sampling
 import tool_judge_streets
 from cldm.cldm import ControlLDM
 from cldm.tensor_writing import write_tensors
+from datasets.streets.dataset import StreetsDataset
 from datasets.streets.tree import Plan, make_tree
 from metrics.judge import JudgeArch, JudgeNetwork, write_judge
 
@@ -74,3 +76,43 @@ def test_rows_are_sampled_once_and_judged_with_all_seeds_together(
     table.main([str(word) for word in words])
     assert made == [1]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == record["rows"]
+
+
+def test_the_loss_of_each_choice_is_held_against_its_kind(
+    tiny_model_once: ControlLDM,
+    tiny_yaml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.chdir(ROOT)
+    benchmark = importlib.import_module("prior_loss")
+    make_tree(tmp_path / "streets", Plan("camera", size=SIZE, train=1, val=5), workers=1)
+    write_tensors(tmp_path / "model.safetensors", tiny_model_once.state_dict())
+    moments = random_moments(covariance=True)
+    write_random_prior(tmp_path / "prior.safetensors", tiny_model_once, moments, covariance=True)
+    words = ["--ckpt", tmp_path / "model.safetensors", "--config", tiny_yaml, "--root", tmp_path / "streets"]
+    words += ["--prior", tmp_path / "prior.safetensors", "--frames", 2, "--levels", 500]
+    benchmark.main([str(word) for word in words])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert len(rows) == 13
+    for row in rows.values():
+        against = rows[row["against"] or row["name"]]
+        difference = row["loss"]["500"] - against["loss"]["500"]
+        rounding = 1e-3 * against["loss"]["500"] + 5e-3 * abs(difference)
+        assert row["difference"]["500"][0] == pytest.approx(difference, abs=rounding)
+    # Plain noise: KL(N(sqrt(a) mu, a v + 1 - a) || N(0, 1)) of the same latents, by numpy.
+    abar, losses = float(ABAR[500]), []
+    frames = StreetsDataset(tmp_path / "streets", "val", size=SIZE)
+    with torch.no_grad():
+        for index in (0, 2):
+            image = torch.from_numpy(frames[index]["jpg"]).permute(2, 0, 1)[None]
+            found = tiny_model_once.first_stage_model.encode(image)
+            mean, variance = (
+                (part * tiny_model_once.scale_factor**power).double().numpy()
+                for part, power in ((found.mean, 1), (found.var, 2))
+            )
+            q = abar * variance + 1 - abar
+            losses.append(((q + abar * mean**2) - 1 - np.log(q)).mean() / 2)
+    assert rows["normal"]["loss"]["500"] == pytest.approx(np.mean(losses), rel=1e-3)
