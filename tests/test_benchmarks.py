@@ -50,7 +50,7 @@ def test_help_is_the_docstring(script: str) -> None:
     [
         ("train_step.py", ("--size", "64", "100"), "--size"),
         ("sample_step.py", ("--steps", "0"), "--steps"),
-        ("fast_quality.py", ("--seeds", "1"), "--seeds"),
+        ("fast_quality.py", ("--seeds", "0"), "--seeds"),
         ("prior_pass.py", ("--images", "0"), "--images"),
         ("prior_loss.py", ("--prior", "nowhere.safetensors"), "--prior"),
         ("prior_table.py", ("--prior", "nowhere.safetensors", "--out", "x"), "--prior"),
