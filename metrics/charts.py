@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from metrics.page import Html, joined, legend, tag
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44  # of the frame that holds the lines
+LEFT, RIGHT, TOP, BOTTOM = 58, 22, 14, 44  # of the frame that holds the lines
 DOTTED = 40  # points of a line that are shown as such, at most
 
 
@@ -53,7 +53,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= most - 1)
+    step = next(m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= most - 1 + 1e-9)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 

@@ -75,13 +75,6 @@ def cut(sheet: Rgb, size: tuple[int, int]) -> list[list[Rgb]]:
     return [[sheet[y : y + height, x : x + width] for x in columns] for y in rows]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file with a JSON object in each line."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def read_card(path: Path) -> dict[str, Any]:
     """A card of the judge."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -18,12 +18,11 @@ from metrics.demo_inputs import (
     frames_of,
     one_of_each,
     read_card,
-    read_lines,
     sample_of,
 )
 from metrics.judge_figures import CONTROLS, class_bars, score_table
 from metrics.page import Html, command, gallery, missing, page, picture, tag
-from metrics.training_figures import curves, verdict
+from metrics.training_figures import curves, read_lines, verdict
 
 TITLE = "SceneControl: from label maps to street scenes"
 DEMO = "make demo"

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from metrics.charts import Line, line_chart
 from metrics.page import Html, tag
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object in each line; a last line that is being written is left out.
+
+    Raises
+        ValueError  a line that is no JSON
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected a JSON object in each line, found {error}") from error
 
 
 def verdict(validation: Sequence[Mapping[str, Any]]) -> list[Html]:

@@ -74,6 +74,7 @@ FLAGS = {
     "tool_make_streets.py": {
         *("--domain", "--conditions", "--size", "--train", "--val", "--out", "--seed", "--workers"),
     },
+    "tool_show_run.py": {"--out"},
     "tool_train_streets_base.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_judge.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
