@@ -15,7 +15,7 @@ def resolve(*words: str) -> tutorial_train.DictConfig:
     return tutorial_train.resolve(tutorial_train.parse_args(["--dataset", "cityscapes", *words]))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.update_in_backward])
 @pytest.mark.parametrize(("batch", "accumulate"), [(4, 1), (32, 2), (1, 1), (6, 1)])
 def test_a_step_takes_as_many_samples(name: str, batch: int, accumulate: int, tmp_path: Path) -> None:
     recipe = tmp_path / "run.yaml"
@@ -28,6 +28,16 @@ def test_a_step_takes_as_many_samples(name: str, batch: int, accumulate: int, tm
     assert config.train.activation_checkpointing == PRESETS[name].activation_checkpointing
 
 
+def test_without_gradients_a_step_is_one_batch_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    train = resolve("--preset", "8gb", "--batch_size", "1").train
+    assert (train.batch_size, train.accumulate, train.clip, train.update_in_backward) == (1, 1, None, True)
+    caplog.clear()
+    resolve("--preset", "8gb", "train.batch_size=1", "train.accumulate=1")
+    (record,) = caplog.records
+    batch, accumulate = resolve().train.batch_size, resolve().train.accumulate
+    assert f"a step takes 1 of {batch * accumulate} samples, unclipped" in record.getMessage()
+
+
 def test_what_is_given_by_hand_wins() -> None:
     config = resolve("--preset", "24gb", "--batch_size", "2", "train.activation_checkpointing=false")
     assert (config.train.batch_size, config.train.activation_checkpointing) == (2, False)
@@ -37,7 +47,7 @@ def test_what_is_given_by_hand_wins() -> None:
 def test_an_unknown_one_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tutorial_train.main(["--dataset", "cityscapes", "--preset", "13gb"])
-    assert "unknown preset '13gb': expected one of 12gb, 16gb" in capsys.readouterr().err
+    assert "unknown preset '13gb': expected one of 8gb, 12gb, 16gb" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_answered_with_what_fits() -> None:
@@ -47,7 +57,8 @@ def test_too_little_memory_is_answered_with_what_fits() -> None:
     assert advice(resolve("--preset", "24gb", "--batch_size", "8", "data.cache=x")).endswith(
         "try --preset 16gb"
     )
-    assert "smaller data.size" in advice(resolve("--preset", "12gb"))
+    assert "--preset 8gb" in advice(resolve("--preset", "12gb"))
+    assert "smaller data.size" in advice(resolve("--preset", "8gb"))
 
 
 def test_a_run_that_does_not_fit_ends_with_one_sentence(
