@@ -54,7 +54,7 @@ def preset_overrides(name: str, config: DictConfig) -> list[str]:
     if preset.update_in_backward:
         if accumulate > 1 or train.clip:
             log.warning(
-                "preset %s keeps no gradients: a step takes %d of %d samples, unclipped; try a lower train.lr",
+                "preset %s keeps no gradients: a step takes %d of %d samples, unclipped; lower train.lr",
                 *(name, batch, samples),
             )
         accumulate, lines = 1, ["train.clip=null", "train.update_in_backward=true"]
