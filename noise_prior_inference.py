@@ -98,7 +98,12 @@ def add_start(group: Any) -> None:
     """The flags that say where sampling starts."""
     add = group.add_argument
     add("--prior_type", choices=(*UNMEASURED, *MEASURED), default="normal", help="(default: %(default)s)")
-    add("--prior", type=Path, metavar="FILE", help="(default: STAT_DIR/DATASET/STAT_NAME.safetensors)")
+    add(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="(default: STAT_DIR/DATASET/STAT_NAME.safetensors, else models/)",
+    )
     add("--stat_dir", type=Path, default=Path("statistics"), help="(default: %(default)s)")
     add("--stat_name", help="(default: DATASET_train_HxW)")
     add("--resample_prior", action="store_true", help="take one of another resolution, its places mixed")
@@ -171,14 +176,14 @@ class Run:
     """All that determines the images; what costs time is opened when it is first needed."""
 
     def __init__(self, args: argparse.Namespace, config: DictConfig) -> None:
+        from cldm.prior_start import find_prior
+
         self.args, self.config = args, config
         self.settings = OmegaConf.to_object(config.sample)
         self.source = self.open_source()
         self.frame = lru_cache(maxsize=KEPT_FRAMES)(self.source.__getitem__)
         self.own = cache(self.own_settings)
-        size = "x".join(map(str, self.source.size))
-        named = f"{args.stat_name or f'{args.dataset}_train_{size}'}.safetensors"
-        self.path = args.prior or args.stat_dir / args.dataset / named
+        self.path = args.prior or find_prior(args.stat_dir, args.dataset, self.source.size, args.stat_name)
         self.measured = self.open_prior()
 
     def open_source(self) -> Any:

@@ -7,11 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from cldm.cldm import ControlLDM
+from cldm.config import project_path
 from cldm.prior_file import Prior, PriorCard, check_fits, read_whole
 from cldm.prior_pass import encoder_fingerprint
 from ldm.priors.resampling import resampled
 
 UNMEASURED = ("normal", "x0")  # kinds that need no moments
+
+
+def find_prior(folder: Path, dataset: str, size: Sequence[int], name: str | None = None) -> Path:
+    """Where the prior of a data set at (H, W) is: where noise_prior.py writes it, else the one that ships.
+
+    name  of the file without its suffix, if it is another than noise_prior.py's own
+    """
+    height, width = size
+    measured = folder / dataset / f"{name or f'{dataset}_train_{height}x{width}'}.safetensors"
+    shipped = project_path("models") / f"{dataset}_prior.safetensors"
+    return shipped if name is None and shipped.is_file() and not measured.exists() else measured
 
 
 def open_prior(path: Path, size: Sequence[int], classes: Sequence[str], *, resample: bool = False) -> Prior:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
 from cldm.generate import Start, generate
+from cldm.prior_start import find_prior
 from cldm.text_memory import TextMemory
 from datasets import DATASETS, registered_name
 from ldm.models.diffusion.schedule import ddim_timesteps, timesteps_from, uniform_timesteps
@@ -247,3 +248,14 @@ def test_the_example_for_diffusers_samples_what_we_sample(
 def test_a_data_set_answers_to_the_name_of_the_predecessors_flag() -> None:
     assert registered_name("coco-stuff") in DATASETS
     assert [registered_name(name) for name in DATASETS] == list(DATASETS)
+
+
+def test_the_prior_is_the_measured_one_else_the_shipped_one(tmp_path: Path) -> None:
+    shipped = find_prior(tmp_path, "streets", (128, 256))
+    assert (shipped.name, shipped.parent.name) == ("streets_prior.safetensors", "models")
+    assert find_prior(tmp_path, "streets", (128, 256), "mine") == tmp_path / "streets/mine.safetensors"
+    assert find_prior(tmp_path, "gta", (64, 128)) == tmp_path / "gta/gta_train_64x128.safetensors"
+    measured = tmp_path / "streets/streets_train_128x256.safetensors"
+    measured.parent.mkdir()
+    measured.touch()
+    assert find_prior(tmp_path, "streets", (128, 256)) == measured
