@@ -5,9 +5,10 @@
     python benchmarks/prior_table.py --out output/priors \\
         --prior statistics/streets/streets_train_128x256.safetensors
 
-Rows are kinds of priors at --steps steps with every seed, then plain noise with as many network evaluations
-as the others have, then all kinds at --other_steps with the first seed. Plain noise starts at 999, the others
-at --start, which is fixed before looking. The same maps and seeds under each. Samples are judged as
+Rows are kinds of priors at --steps steps with every seed, then plain noise twice: with as many network
+evaluations as the others have, and from --start as they do, which tells what starting there does from what
+the prior does; then all kinds at --other_steps with the first seed. Plain noise starts at 999 elsewhere, the
+others at --start, which is fixed before looking. The same maps and seeds under each. Samples are judged as
 tool_judge_streets.py does: mean IoU with a bootstrap interval over maps, pixel accuracy, and the Streets
 feature distance, which is no FID. What is done is kept, so an interrupted table goes on with the same
 command. Prints the table to stderr and one line of JSON; OUT/table.md and OUT/side_by_side.png stay.
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pooled = judge(args, cell, "all", folders) if len(folders) > 1 else cards[cell.seeds[0]]
         rows.append(row_of(cell, folders, cards, pooled))
         say(json.dumps(rows[-1]))
-    draw_sheet(args, [cell for cell in cells(args) if cell.steps == args.steps and cell.evaluations is None])
+    draw_sheet(args, [cell for cell in cells(args) if cell.name in {f"{k}_{args.steps}" for k in args.kinds}])
     table = markdown(rows)
     (args.out / "table.md").write_text(table, encoding="utf-8")
     say(table)
@@ -109,6 +110,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         settings = SampleConfig(steps=args.steps, sampler=args.sampler)
         count = len(timesteps_of(settings, args.start, None))
         yield Cell(f"normal_{args.steps}_equal", "normal", args.steps, PURE_NOISE, count, seeds)
+        yield Cell(f"normal_{args.steps}_from_start", "normal", args.steps, args.start, None, seeds)
     for steps in args.other_steps:
         for kind in args.kinds:
             yield Cell(f"{kind}_{steps}", kind, steps, start(kind), None, seeds[:1])

@@ -60,16 +60,16 @@ def test_rows_are_sampled_once_and_judged_with_all_seeds_together(
     rows = [(row["prior"], row["start"], row["evaluations"], len(row["seeds"])) for row in record["rows"]]
     # Grids: 501, 1 and 667, 334, 1. Noise starts at 999, the prior at 799.
     assert rows == [
-        *(("normal", 999, 3, 2), ("class", 799, 3, 2), ("normal", 999, 3, 2)),
+        *(("normal", 999, 3, 2), ("class", 799, 3, 2), ("normal", 999, 3, 2), ("normal", 799, 3, 2)),
         *(("normal", 999, 4, 1), ("class", 799, 4, 1)),
     ]
-    assert [row["samples"] for row in record["rows"]] == [6, 6, 6, 3, 3]
+    assert [row["samples"] for row in record["rows"]] == [6, 6, 6, 6, 3, 3]
     assert all(len(row["distance_by_seed"]) == len(row["seeds"]) for row in record["rows"])
     assert all(np.isfinite(row["distance"]) and 0 <= row["miou"] <= 1 for row in record["rows"])
-    assert sum(made) == 6 + 6 + 6 + 3 + 3
-    assert len(judged) == 3 * 3 + 2
+    assert sum(made) == 6 + 6 + 6 + 6 + 3 + 3
+    assert len(judged) == 4 * 3 + 2
     assert Image.open(tmp_path / "out" / "side_by_side.png").size == (3 * 128 + 8, 3 * 64 + 8)
-    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 7
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 8
     folder = tmp_path / "out" / "class_2" / "seed_2" / "streets" / "streets_3_799_class"
     (folder / "sample" / "000001.png").unlink()
     made.clear(), judged.clear()
