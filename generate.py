@@ -199,7 +199,7 @@ def load_model(args: argparse.Namespace) -> ControlLDM:
     """The model, where and in the precision that was asked for."""
     from cldm.model import create_model, load_model_config, model_config_of, place, with_choices
 
-    config = load_model_config(args.config) if args.config else model_config_of(args.ckpt)
+    config = load_model_config(args.config) if args.config else model_config_of(args.ckpt, args.base)
     config = with_choices(config, parameterization=args.parameterization, attn_backend=args.attn_backend)
     return place(create_model(config, args.ckpt, args.base), args.device, args.precision)
 

@@ -127,7 +127,9 @@ def load_weights(args: argparse.Namespace, config: DictConfig) -> tuple[Weights,
     from cldm.model import load_model_config, model_config_of
     from cldm.prior_pass import Weights
 
-    model_file = load_model_config(config.model.config) if args.config else model_config_of(args.ckpt)
+    model_file = (
+        load_model_config(config.model.config) if args.config else model_config_of(args.ckpt, args.base)
+    )
     weights = Weights(model_file, args.ckpt, args.base, args.device)
     return weights, weights.load()
 

@@ -218,7 +218,11 @@ class Run:
         from cldm.prior_start import check_first_stage
 
         args = self.args
-        config = load_model_config(self.config.model.config) if args.config else model_config_of(args.ckpt)
+        config = (
+            load_model_config(self.config.model.config)
+            if args.config
+            else model_config_of(args.ckpt, args.base)
+        )
         model = place(create_model(config, args.ckpt, args.base), args.device, args.precision)
         if self.measured is not None:
             check_first_stage(self.measured.card, str(self.path), model)

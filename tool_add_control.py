@@ -2,11 +2,13 @@
 
     python tool_add_control.py models/v1-5-pruned.safetensors models/control_sd15_ini.safetensors
     python tool_add_control.py BASE OUT --control models/control_v11p_sd15_seg.pth
+    python tool_add_control.py DIFFUSERS_FOLDER OUT.safetensors
     python tool_add_control.py            # the Streets miniature, models/control_streets_ini.safetensors
 
 The branch starts as a copy of the UNet's encoder behind zero convolutions, so that the result computes what
 the base computes, exactly; with --control it is taken from a published control file. SD1.5, SD2.1 and Streets
-are told apart by their tensors. OUT is safetensors, or a torch file when its name ends in .ckpt.
+are told apart by their tensors; BASE and --control are files or diffusers folders. OUT is safetensors, or a
+torch file when its name ends in .ckpt.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 from cldm.cli import refuse
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from torch import Tensor
 
 STREETS = (Path("models/streets_base.safetensors"), Path("models/control_streets_ini.safetensors"))
@@ -30,7 +33,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument(
-        "source", type=Path, nargs="?", help="Stable Diffusion weights without a control branch"
+        "source",
+        type=Path,
+        nargs="?",
+        help="Stable Diffusion without a control branch: file, diffusers folder",
     )
     parser.add_argument("target", type=Path, nargs="?", help="file to write; refused if it exists")
     parser.add_argument("--control", type=Path, help="published control weights to take instead of the copy")
@@ -67,12 +73,23 @@ def describe(sources: Mapping[str, str]) -> str:
     return "\n".join([*lines, f"{len(new)} tensors new:", *(f"  {key}" for key in new)])
 
 
+def describe_model(config: DictConfig) -> str:
+    """Say what was detected."""
+    params = config.model.params
+    unet, control = params.unet_config.params, params.control_stage_config.params
+    return (
+        f"has {unet.model_channels} channels and text of width {unet.get('context_dim', 768)}, predicts "
+        f"{params.get('parameterization', 'eps')}; hints of {control.get('hint_channels', 3)} channels"
+    )
+
+
 def read_branch(path: Path) -> dict[str, Tensor]:
     """Tensors of a control file; a branch that was trained together with its UNet's decoder is refused."""
-    from cldm.checkpoint import parts, to_model_keys
-    from cldm.tensor_files import CheckpointError, read_tensors
+    from cldm.checkpoint import parts
+    from cldm.tensor_files import CheckpointError
+    from cldm.weights import read_published
 
-    control = to_model_keys(read_tensors(path))
+    control = read_published(path)
     if parts(control) == {"unet", "control"}:
         raise CheckpointError(
             f"{path} carries a UNet decoder that was trained with its control branch, so the branch alone "
@@ -87,25 +104,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     from omegaconf import OmegaConf
 
     from cldm.add_control import add_control
-    from cldm.checkpoint import detect_architecture, parts, refuse_foreign, to_model_keys
-    from cldm.model import MODEL_FILES, load_model_config, shapes_of
-    from cldm.tensor_files import CheckpointError, read_tensors
+    from cldm.checkpoint import check_pair, parts, refuse_foreign
+    from cldm.model import load_model_config, model_config_of, shapes_of, with_hint_channels
+    from cldm.tensor_files import CheckpointError
     from cldm.tensor_writing import write_tensors
+    from cldm.weights import read_published
 
     try:
-        base = to_model_keys(read_tensors(args.source))
+        base = read_published(args.source)
         refuse_foreign(shapes_of(base), str(args.source))
-        if args.config is None:
-            args.config = MODEL_FILES[detect_architecture(shapes_of(base), str(args.source))]
+        config = load_model_config(args.config) if args.config else model_config_of(args.source)
         if "control" in parts(base):
             raise CheckpointError(f"{args.source} has a control branch already; expected weights without one")
-        config = load_model_config(args.config)
-        control = read_branch(args.control) if args.control else None
+        control = None
+        if args.control:
+            control = read_branch(args.control)
+            check_pair(control, base, str(args.control), str(args.source))
+            config = with_hint_channels(config, shapes_of(control))
         state, sources = add_control(config, base, control, args.seed)
         write_tensors(args.target, state, {"model_config": OmegaConf.to_yaml(config)})
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
-    print(f"{args.source} is of the architecture of {args.config}")
+    print(f"{args.source} {describe_model(config)}")
     print(describe(sources))
     print(
         f"wrote {args.target}\n"

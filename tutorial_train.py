@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,6 +140,12 @@ def find_missing(config: DictConfig) -> list[str]:
             f"{config.model.checkpoint} is missing: the weights to start from, named by --resume_path"
         )
         missing.append(OBTAIN_WEIGHTS.format(checkpoint=config.model.checkpoint))
+    for path in filter(None, (config.model.checkpoint, config.model.base)):
+        if Path(path).is_dir():
+            missing.append(
+                f"{path} is a folder, but a base is recorded by the hash of its file; bring it in:"
+            )
+            missing.append(f"  python tool_export.py {shlex.quote(path)} OUT.safetensors --to original")
     return missing
 
 

@@ -55,7 +55,11 @@ _LONE_VAE_ROOTS = {"encoder", "decoder", "quant_conv", "post_quant_conv", "loss"
 # Looked for in every name, in this order.
 _REFUSED = (
     (r"lora_|\.lora\.", "a LoRA file; merge it into its base checkpoint first"),
-    (r"(^|\.)(down_blocks|up_blocks)\.", "a diffusers-format file; convert it to the original format first"),
+    (
+        r"(^|\.)(down_blocks|up_blocks)\.",
+        "a diffusers-format file; name the folder that holds it with its config.json, which is read as it is "
+        "or made one file by python tool_export.py FOLDER OUT.safetensors --to original",
+    ),
     (r"^conditioner\.embedders\.|(^|\.)label_emb\.", "an SDXL or unCLIP checkpoint, which is not supported"),
     (r"(^|\.)(double_blocks|joint_blocks)\.", "a Flux or SD3 checkpoint, which is not supported"),
     (r"param_groups|optimizer_states|exp_avg", "an optimizer state without a model"),
@@ -243,6 +247,34 @@ def refuse_foreign(shapes: Mapping[str, Shape], where: str) -> None:
         raise CheckpointError(f"{where} is a lone VAE; {SUPPORTED}")
     if inside == {"text"}:
         raise CheckpointError(f"{where} is a lone text encoder; {SUPPORTED}")
+
+
+def check_pair(control: Mapping[str, Tensor], base: Mapping[str, Tensor], ours: str, theirs: str) -> None:
+    """Refuse a control branch over a base that it was not made for; both by tensors under published names.
+
+    ours, theirs  how the control branch and the base are named in the sentence
+    """
+    kinds = _describe(control, "control"), _describe(base, "unet")
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{ours} is a control branch for {kinds[0]}, but {theirs} is {kinds[1]}; "
+            "a control branch needs the base that it was trained on, or a fine-tune of that"
+        )
+
+
+def _describe(state: Mapping[str, Tensor], part: str) -> str | None:
+    """Name the architecture of a UNet or control branch; None if it is not there."""
+    prefix = PART_PREFIXES[part]
+    stem = getattr(state.get(prefix + "input_blocks.0.0.weight"), "shape", None)
+    shapes = {key: value.shape for key, value in state.items() if key.startswith(prefix + "middle_block.1.")}
+    context = next((shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
+    if stem is None or context is None:
+        return None
+    is_linear = len(shapes[prefix + "middle_block.1.proj_in.weight"]) == 2
+    published = {("sd15", False): "Stable Diffusion 1.5", ("sd21", True): "Stable Diffusion 2.1"}
+    name = published.get((_BASES.get((stem[0], context[1]), ""), is_linear))
+    projections = "linear" if is_linear else "1x1"
+    return name or f"{stem[0]} channels, text of width {context[1]} and {projections} projections"
 
 
 def _stem(shapes: Mapping[str, Shape], where: str) -> Shape:

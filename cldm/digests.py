@@ -21,7 +21,13 @@ def fingerprint(path: str | Path) -> str:
     """Tell files apart at once, whatever their size: SHA-256 of the length and of 64 pieces of 64 KiB.
 
     The pieces are spread evenly from the first to the last byte, so every part of a model is in some of them.
+    That of a folder is made of the names and fingerprints of its files.
     """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(path).as_posix()} {fingerprint(file)}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with Path(path).open("rb") as file:

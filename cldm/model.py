@@ -10,11 +10,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from cldm.checkpoint import SCHEDULE_KEYS, detect_architecture, match_keys, to_model_keys
+from cldm.checkpoint import PART_PREFIXES, SCHEDULE_KEYS, detect_architecture, match_keys
 from cldm.cldm import ControlLDM
 from cldm.config import project_path, read_yaml
-from cldm.tensor_files import CheckpointError, read_shapes, read_tensors
-from cldm.weights import read_weights, recorded_yaml
+from cldm.diffusers_folder import folder_model_file
+from cldm.tensor_files import CheckpointError
+from cldm.weights import read_published, read_weights, recorded_yaml
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -120,17 +121,44 @@ def with_choices(
     return changed
 
 
-def model_config_of(checkpoint: str | Path) -> DictConfig:
-    """The model file that a checkpoint belongs to: recorded in it, or known by its architecture."""
+def model_config_of(checkpoint: str | Path, base: str | Path | None = None) -> DictConfig:
+    """The model file that a checkpoint belongs to.
+
+    It is the one recorded in the checkpoint or made from its diffusers folder, else that of the base, else
+    that of the architecture; of the last two with as many hint channels as the control branch has.
+    """
+    known = known_model_config(checkpoint)
+    if known is not None:
+        return known
+    shapes = shapes_of(read_published(checkpoint))
+    config = None if base is None else known_model_config(base)
+    if config is None:
+        config = load_model_config(MODEL_FILES[detect_architecture(shapes, str(checkpoint))])
+    return with_hint_channels(config, shapes)
+
+
+def known_model_config(checkpoint: str | Path) -> DictConfig | None:
+    """The model file that a checkpoint itself tells: a pipeline by its configurations, a file by a record."""
+    if Path(checkpoint).is_dir():
+        return folder_model_file(checkpoint)
     recorded = recorded_yaml(checkpoint, "model_config")
-    if recorded is not None:
-        return check_model_config(recorded, f"the model_config in {checkpoint}")
-    return load_model_config(MODEL_FILES[detect_architecture(read_shapes(checkpoint), str(checkpoint))])
+    return recorded and check_model_config(recorded, f"the model_config in {checkpoint}")
+
+
+def with_hint_channels(config: DictConfig, shapes: Shapes) -> DictConfig:
+    """A model file for hints of as many channels as the control branch in `shapes` takes, if there is one."""
+    first = shapes.get(PART_PREFIXES["control"] + "input_hint_block.0.weight")
+    name = "model.params.control_stage_config.params.hint_channels"
+    if first is None or len(first) != 4 or first[1] == OmegaConf.select(config, name, default=3):
+        return config
+    changed = config.copy()
+    OmegaConf.update(changed, name, first[1])
+    return changed
 
 
 def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a weight file under the published names, on the device `location`."""
-    return {key: tensor.to(location) for key, tensor in to_model_keys(read_tensors(path)).items()}
+    """The tensors of a file or a diffusers folder under the published names, on the device `location`."""
+    return {key: tensor.to(location) for key, tensor in read_published(path).items()}
 
 
 def load_weights(model: ControlLDM, state: Mapping[str, Tensor], where: str) -> None:

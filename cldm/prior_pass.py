@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cldm.cache import SAMPLES, check_identity, digest_of, encoder_digest
-from cldm.checkpoint import PART_PREFIXES, parts, to_model_keys
+from cldm.checkpoint import PART_PREFIXES, parts
 from cldm.generate import to_uint8
 from cldm.interrupts import held_back
 from cldm.model import find_device
 from cldm.prior_file import Prior, PriorCard, Range, joined, read_prior, write_prior
-from cldm.tensor_files import CheckpointError, read_metadata, read_shapes, read_tensors
-from cldm.weights import find_base
+from cldm.tensor_files import CheckpointError, read_metadata, read_shapes
+from cldm.weights import find_base, read_published
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -187,10 +187,10 @@ def load_first_stage(
     Raises
         CheckpointError  no autoencoder, or that of another model file
     """
-    state = to_model_keys(read_tensors(checkpoint))
+    state = read_published(checkpoint)
     if "vae" not in parts(state):
         checkpoint = find_base(checkpoint) if base is None else base
-        state = to_model_keys(read_tensors(checkpoint))
+        state = read_published(checkpoint)
     prefix = PART_PREFIXES["vae"]
     named = ((key, value) for key, value in state.items() if key.startswith(prefix))
     weights = {key.removeprefix(prefix): value.float() for key, value in named}

@@ -4,19 +4,18 @@ What a file is follows from its content, never from its name: safetensors, a tor
 from before the zip format.
 """
 
-import json
 import logging
-import pickletools
 import re
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, which protocol 2 still writes
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from cldm.pickle_scan import MOST_DEPTH, Scan, scan_pickle
+from cldm.safetensors_header import NOTES, data_bytes, parse_header
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +23,7 @@ Shape = tuple[int, ...]
 
 EXPECTED = "expected a safetensors file or a torch checkpoint of tensors"
 
+_MAX_SENTENCE = 2000
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # opens a pre-zip torch file
 
@@ -53,6 +53,12 @@ _INERT_NAMES = re.compile(
 class CheckpointError(ValueError):
     """A weight file that cannot be used, said in one sentence."""
 
+    def __init__(self, sentence: str) -> None:
+        # Names in it come from the file: they may be a page long, or made of what steers a terminal.
+        plain = "".join(c if c.isprintable() else "?" for c in sentence)
+        half = _MAX_SENTENCE // 2
+        super().__init__(plain if len(plain) <= 2 * half else f"{plain[:half]} ... {plain[-half:]}")
+
 
 class _Inert:
     """Stands in for a foreign object: takes any state and keeps none."""
@@ -79,7 +85,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     kind = _kind(path)
     if kind != "safetensors":
         return _tensors_of(_load_torch(path, kind), path)
-    names = [name for name in _read_header(path) if name != "__metadata__"]
+    names = [name for name in _read_header(path) if name != NOTES]
     try:
         with safe_open(path, "pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names}
@@ -93,7 +99,7 @@ def read_shapes(path: str | Path) -> dict[str, Shape]:
     if _kind(path) != "safetensors":
         return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
     header = _read_header(path)
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != NOTES}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -101,7 +107,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = Path(path)
     kind = _kind(path)
     if kind == "safetensors":
-        notes = _read_header(path).get("__metadata__")
+        notes = _read_header(path).get(NOTES)
     else:
         payload = _load_torch(path, kind)
         notes = payload.get("metadata") if isinstance(payload, dict) else None
@@ -147,7 +153,7 @@ def _looks_like(path: Path, head: bytes) -> str:
             return what
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         with path.open("rb") as file:
-            foreign = _foreign(_globals_of(file))
+            foreign = _foreign(scan_pickle(file).names)
         return "is a plain Python pickle" + (f" that asks to run {foreign[0]}" if foreign else "")
     return f"is of an unknown format (it starts with {head[:16]!r})"
 
@@ -157,19 +163,19 @@ def _read_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length)
+        raw = file.read(length) if 8 + length <= size else b""
     if len(raw) < length:
         raise CheckpointError(
             f"{path} is a truncated safetensors file: {size} bytes, its header alone needs {8 + length}; "
             "download or copy it again"
         )
     try:
-        header = json.loads(raw)
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-        _ = [tuple(map(int, entry["shape"])) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{path} is a safetensors file with a damaged header; {EXPECTED}") from error
+        header = parse_header(raw)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is a safetensors file with a damaged header ({error}); {EXPECTED}"
+        ) from error
+    end = 8 + length + data_bytes(header)
     if size != end:
         state = "truncated" if size < end else "damaged"
         raise CheckpointError(
@@ -181,10 +187,14 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _load_torch(path: Path, kind: str) -> object:
     """Unpickle a torch file with torch's restricted unpickler, foreign names replaced by empty stand-ins."""
-    names = _zip_globals(path) if kind == "torch_zip" else _legacy_globals(path)
-    inert: list[Any] = [
-        (_InertDict if name.lower().endswith("dict") else _Inert, name) for name in names if _is_inert(name)
-    ]
+    scan = _scan_zip(path) if kind == "torch_zip" else _scan_legacy(path)
+    if scan.is_knotted:
+        raise CheckpointError(
+            f"{path} is a torch file of tuples within tuples, over {MOST_DEPTH} deep or the same ones again "
+            f"and again, as no weights are; {EXPECTED}"
+        )
+    names = sorted({name for name in scan.names if _is_inert(name)})
+    inert: list[Any] = [(_InertDict if name.lower().endswith("dict") else _Inert, name) for name in names]
     # torch takes the name .safetensors for the format; an open file has no name, but is not mapped either.
     is_mapped = kind == "torch_zip" and not path.name.endswith(".safetensors")
     try:
@@ -192,7 +202,7 @@ def _load_torch(path: Path, kind: str) -> object:
             source = path if is_mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:
-        raise CheckpointError(f"{path} {_why_refused(names, error)}") from error
+        raise CheckpointError(f"{path} {_why_refused(scan.names, error)}") from error
 
 
 def _why_refused(names: list[str], error: Exception) -> str:
@@ -208,16 +218,18 @@ def _why_refused(names: list[str], error: Exception) -> str:
     return f"is a torch file that asks for {culprit}, which may run code, and was not read; {EXPECTED}"
 
 
-def _zip_globals(path: Path) -> list[str]:
-    """Return the names that a torch zip would import, after checking that it is one."""
+def _scan_zip(path: Path) -> Scan:
+    """Look through the pickle of a torch zip, after checking that it is one."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             _check_zip(path, entries)
             record = next(entry for entry in entries if _is_pickle(entry))
             with archive.open(record) as file:
-                return _globals_of(file)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+                return scan_pickle(file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # names that are no text, fields that are no numbers: many kinds, one meaning
         raise CheckpointError(f"{path} is a truncated or damaged zip; download or copy it again") from error
 
 
@@ -235,41 +247,19 @@ def _check_zip(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         # Memory-mapping would read the compressed bytes as if they were the numbers.
         raise CheckpointError(f"{path} is a torch file that was compressed again; save it with torch.save")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is a zip file whose entries lie over one another; save it with torch.save"
+        )
 
 
-def _legacy_globals(path: Path) -> list[str]:
-    """Return the names that a pre-zip torch file would import: magic, protocol, system, then the object."""
+def _scan_legacy(path: Path) -> Scan:
+    """Look through a pre-zip torch file: magic, protocol, system, the object, the keys of its storages."""
+    scan = Scan([], False)
     with path.open("rb") as file:
-        return [name for _ in range(4) for name in _globals_of(file)]
-
-
-def _globals_of(file: IO[bytes]) -> list[str]:
-    """List the globals of the next pickle without running it; a damaged one gives those before the damage."""
-    names: list[str] = []
-    try:
-        names.extend(_walk_globals(file))
-    except Exception as error:  # whatever the parser stumbles over: torch then refuses the file itself
-        log.debug("pickle ends early: %s", error)
-    return names
-
-
-def _walk_globals(file: IO[bytes]) -> Iterator[str]:
-    """Yield each global of a pickle; protocol 4 takes both names from the stack, so strings are followed."""
-    texts: list[str] = []
-    memo: dict[int, str] = {}
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            yield f"{module}.{name}"
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(texts[-2:])
-        elif opcode.name == "MEMOIZE" or opcode.name.endswith("PUT"):
-            memo[len(memo) if argument is None else argument] = texts[-1] if texts else ""
-        elif opcode.name.endswith("GET"):
-            texts.append(memo.get(int(argument or 0), ""))
-        elif isinstance(argument, str):
-            texts.append(argument)
+        for _ in range(5):
+            scan += scan_pickle(file)
+    return scan
 
 
 def _is_inert(name: str) -> bool:
@@ -294,14 +284,29 @@ def _tensors_of(payload: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path} holds a {type(payload).__name__}, not tensors by name; {EXPECTED}")
     named = ((name, value) for name, value in payload.items() if isinstance(name, str))
-    tensors = {name: value.detach() for name, value in named if isinstance(value, Tensor)}
+    found = {name: value for name, value in named if isinstance(value, Tensor)}
+    tensors = {name: _plain(name, value, path) for name, value in found.items()}
+    stored = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()
+    }
+    if sum(stored.values()) > path.stat().st_size:
+        raise CheckpointError(f"{path} makes up tensors that its bytes do not hold; {EXPECTED}")
     if not tensors:
-        names = ", ".join(str(name) for name in list(payload)[:4])
+        shown = [name if isinstance(name, str) else type(name).__name__ for name in list(payload)[:4]]
+        names = ", ".join(name[:60] for name in shown)
         what = "an optimizer state" if "param_groups" in payload else f"no tensors, only {names or 'nothing'}"
         raise CheckpointError(f"{path} holds {what}; {EXPECTED}")
     if len(tensors) < len(payload):
         log.debug("%s: left out %d entries that are not tensors", path, len(payload) - len(tensors))
     return tensors
+
+
+def _plain(name: str, value: Tensor, path: Path) -> Tensor:
+    """A tensor without its history; one that is more or less than its numbers is refused."""
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        what = "quantized" if value.is_quantized else f"{value.layout} on {value.device}"
+        raise CheckpointError(f"{path}: {name[:60]} is {what.removeprefix('torch.')}; expected plain numbers")
+    return value.detach()
 
 
 def _unwrapped(payload: object) -> object:

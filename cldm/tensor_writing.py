@@ -31,22 +31,29 @@ _MARGIN = 1 << 20  # bytes on top of the tensors: zip directory, file system blo
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write a file whole or not at all: temporary name, check by reading, sync, rename, open again.
 
     A safetensors file holds one tensor at a time in memory; a torch file copies tensors that share storage.
+
+    dtypes  of those tensors that are written in another one than they have, each converted as it is written
     """
     target = Path(path).resolve()  # through a link, so that the link survives and the disk is the right one
     notes = dict(metadata or {})
-    _check_request(target, tensors, notes)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | dict(dtypes or {})
+    _check_request(target, tensors, notes, dtypes)
     is_torch = target.suffix.lower() in TORCH_SUFFIXES
     write = _write_torch if is_torch else _write_safetensors
     try:
         with whole_file(target) as partial:
             with partial.open("xb") as file:
-                write(file, tensors, notes)
-            _verify(partial, tensors)
+                write(file, tensors, notes, dtypes)
+            _verify(partial, tensors, dtypes)
             contents = _contents(partial, is_torch)
         sync(target.parent)  # makes the rename itself durable
         _reopen(target, contents, is_torch)
@@ -54,7 +61,9 @@ def write_tensors(
         raise CheckpointError(f"{target} could not be written: {error.strerror or error}") from error
 
 
-def _check_request(target: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+def _check_request(
+    target: Path, tensors: Mapping[str, Tensor], notes: dict[str, str], dtypes: Mapping[str, torch.dtype]
+) -> None:
     """Refuse what cannot be written before a byte is."""
     if not target.parent.is_dir():
         raise CheckpointError(f"{target} cannot be written: {target.parent} is not a folder; create it first")
@@ -67,8 +76,8 @@ def _check_request(target: Path, tensors: Mapping[str, Tensor], notes: dict[str,
             raise CheckpointError(f"metadata {name!r} is {type(value).__name__}; expected text for text")
     needed = _MARGIN
     for name in tensors:
-        _check_tensor(name, tensors[name])
-        needed += tensors[name].nbytes
+        _check_tensor(name, tensors[name], dtypes[name])
+        needed += tensors[name].numel() * dtypes[name].itemsize
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise CheckpointError(
@@ -77,34 +86,39 @@ def _check_request(target: Path, tensors: Mapping[str, Tensor], notes: dict[str,
         )
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(name, str) or name == "__metadata__":
         raise CheckpointError(f"{name!r} cannot name a tensor; expected text other than __metadata__")
-    if tensor.dtype not in DTYPE_CODES or tensor.layout != torch.strided:
+    if dtype not in DTYPE_CODES or tensor.layout != torch.strided:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
         raise CheckpointError(f"{name} is {tensor.dtype}, {tensor.layout}; expected strided {known}")
     if tensor.is_meta:
         raise CheckpointError(f"{name} is on the meta device and has no data to write; fill it first")
 
 
-def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+def _write_safetensors(
+    file: IO[bytes],
+    tensors: Mapping[str, Tensor],
+    notes: dict[str, str],
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
     """Lay the file out as the format says: header length, JSON padded with spaces to 8 bytes, raw data."""
     # Wide elements first, so that every tensor starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    names = sorted(tensors, key=lambda name: -dtypes[name].itemsize)
     offsets, end = {}, 0
     for name in names:
-        offsets[name] = [end, end + tensors[name].nbytes]
-        end += tensors[name].nbytes
+        size = tensors[name].numel() * dtypes[name].itemsize
+        offsets[name] = [end, end + size]
+        end += size
     header: dict[str, Any] = {"__metadata__": notes} if notes else {}
     for name in tensors:
-        tensor = tensors[name]
-        dtype, shape = DTYPE_CODES[tensor.dtype], list(tensor.shape)
+        dtype, shape = DTYPE_CODES[dtypes[name]], list(tensors[name].shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets[name]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
     for name in names:
-        file.write(_raw(tensors[name]))
+        file.write(_raw(tensors[name].to(dtypes[name])))
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -112,12 +126,17 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+def _write_torch(
+    file: IO[bytes],
+    tensors: Mapping[str, Tensor],
+    notes: dict[str, str],
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
     """Save tensors with storages of their own: torch would write a shared or larger storage whole."""
     seen: set[int] = set()
     state = {}
     for name in tensors:
-        tensor = tensors[name].detach().cpu()
+        tensor = tensors[name].detach().cpu().to(dtypes[name])
         storage = tensor.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -126,10 +145,10 @@ def _write_torch(file: IO[bytes], tensors: Mapping[str, Tensor], notes: dict[str
     torch.save({"state_dict": state} | ({"metadata": notes} if notes else {}), file)
 
 
-def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _verify(path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """Open what was written and compare names, types and shapes, before it takes the place of anything."""
     found = {name: (value.dtype, value.shape) for name, value in read_tensors(path).items()}
-    if found != {name: (tensors[name].dtype, tensors[name].shape) for name in tensors}:
+    if found != {name: (dtypes[name], tensors[name].shape) for name in tensors}:
         raise CheckpointError(f"{path} does not hold what was written to it; check the disk")
 
 

@@ -89,6 +89,34 @@ ENCODINGS: dict[str, tuple[str | None, Callable[[LabelSpace], Table]]] = {
 }
 
 
+def seen_as_one_hot(encoding: HintEncoding, void: str | None = None) -> Table:
+    """(K + 1, C): what an encoding shows where one-hot has its k-th channel; void is the last.
+
+    void  the class whose look stands for all of void, where the encoding tells those classes apart
+
+    Raises
+        ValueError  void of several looks and none chosen, or a class that is not void
+    """
+    space = encoding.space
+    if encoding.name == "onehot":
+        raise ValueError(f"expected another encoding than onehot of {space.name}, which is one-hot already")
+    ids: dict[int, list[int]] = {k: [] for k in (*range(space.num_classes), space.void)}
+    for file_id, train_id in zip(space.row_ids, space.row_train_ids, strict=True):
+        ids[train_id].append(file_id % 256)
+    names = dict(zip(space.row_names, space.row_ids, strict=True))
+    if void is not None and names.get(void, -1) % 256 not in ids[space.void]:
+        known = ", ".join(name for name, i in names.items() if i % 256 in ids[space.void])
+        raise ValueError(f"expected a void class of {space.name}: {known or 'it has none'}, found {void!r}")
+    ids[space.void] = [names[void] % 256] if void else [*ids[space.void], space.void_file_id]
+    looks = [np.unique(encoding.table[some], axis=0) for some in ids.values()]
+    if any(len(rows) > 1 for rows in looks):
+        raise ValueError(
+            f"the hint encoding {encoding.name!r} shows the void classes of {space.name} in {len(looks[-1])} "
+            "ways and one-hot in one; choose whose stands for all of them, such as --void unlabeled"
+        )
+    return np.concatenate(looks)
+
+
 @cache
 def hint_encoding(space: LabelSpace, name: str = "colours") -> HintEncoding:
     """The encoding `name` of a label space; read-only, because it is shared."""

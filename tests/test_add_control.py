@@ -21,7 +21,7 @@ import tool_add_control
 from cldm.add_control import add_control
 from cldm.checkpoint import to_model_keys
 from cldm.cldm import ControlLDM
-from cldm.model import create_model, load_model_config
+from cldm.model import create_model, load_model_config, model_config_of
 from cldm.tensor_files import CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -366,3 +366,47 @@ def test_a_branch_that_was_trained_with_its_decoder_is_refused(
     assert code != 0
     assert "trained with its control branch" in message
     assert "--resume_path unlocked.pth" in message
+
+
+# -- what a published file says of itself -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["15", "21"])
+@pytest.mark.parametrize("channels", [3, 20])
+def test_architecture_and_hint_channels_are_read_from_a_published_file(
+    version: str, channels: int, tmp_path: Path
+) -> None:
+    whole = stand_ins(f"keys_sd{version}.tsv")
+    first = "control_model.input_hint_block.0.weight"
+    whole[first] = torch.zeros(()).expand(16, channels, 3, 3)
+    branch = {key: value for key, value in whole.items() if key.startswith("control_model.")}
+    bare = {key.removeprefix("control_model."): value for key, value in branch.items()}
+    # 1.0 holds its base as well, 1.1 the branch alone, others leave the prefix out
+    for name, state in {"whole": whole, "branch": branch, "bare": bare}.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+        params = model_config_of(tmp_path / f"{name}.pth").model.params
+        assert params.control_stage_config.params.hint_channels == channels
+        assert params.unet_config.params.context_dim == {"15": 768, "21": 1024}[version]
+
+
+def test_a_branch_for_hints_of_other_channels_brings_them_along(
+    run: Run, base_model: ControlLDM, tmp_path: Path
+) -> None:
+    control = {k: v.detach() for k, v in base_model.control_model.state_dict().items()}
+    control["input_hint_block.0.weight"] = torch.ones(16, 6, 3, 3)
+    torch.save(control, "six.pth")
+    run("out.safetensors", "--control", "six.pth")
+    config = model_config_of("out.safetensors")
+    assert create_model(config, "out.safetensors").control_model.hint_channels == 6
+
+
+def test_a_branch_of_another_base_is_refused_by_both_names(tmp_path: Path, capsys) -> None:
+    torch.save(published_base("15"), tmp_path / "sd15.ckpt")
+    control = {k: v for k, v in stand_ins("keys_sd21.tsv").items() if k.startswith("control_model.")}
+    torch.save(control, tmp_path / "control_sd21.pth")
+    arguments = [str(tmp_path / name) for name in ("sd15.ckpt", "out.safetensors")]
+    with pytest.raises(SystemExit):
+        tool_add_control.main([*arguments, "--control", str(tmp_path / "control_sd21.pth")])
+    said = capsys.readouterr().err
+    assert "control_sd21.pth is a control branch for Stable Diffusion 2.1, but " in said
+    assert "sd15.ckpt is Stable Diffusion 1.5; a control branch needs the base" in said

@@ -14,7 +14,7 @@ from house import ROOT, run_script
 
 SCRIPTS = (
     *("train_step.py", "fast_quality.py", "sample_step.py", "start_up.py"),
-    *("prior_pass.py", "prior_loss.py", "prior_table.py"),
+    *("prior_pass.py", "prior_loss.py", "prior_table.py", "convert.py"),
 )
 SMALL = ("--size", "64", "64")
 
@@ -55,6 +55,7 @@ def test_help_is_the_docstring(script: str) -> None:
         ("prior_loss.py", ("--prior", "nowhere.safetensors"), "--prior"),
         ("prior_table.py", ("--prior", "nowhere.safetensors", "--out", "x"), "--prior"),
         ("start_up.py", ("--ckpt", "models/cldm_v15.yaml"), "--diffusers"),
+        ("convert.py", ("--ckpt", "nowhere.safetensors"), "--ckpt"),
     ],
 )
 def test_wrong_arguments_are_refused_and_named(script: str, arguments: tuple[str, ...], names: str) -> None:
@@ -139,6 +140,15 @@ def test_start_up_measures_both_sides() -> None:
         stages = sum(record[side][name] for name in ("import_s", "load_s", "step_s"))
         assert stages == pytest.approx(record[side]["total_s"], rel=0.01)
         assert record[side]["peak_anonymous_mib"] < record[side]["peak_rss_mib"]
+
+
+@pytest.mark.slow
+def test_a_conversion_is_measured_there_and_back_and_beside_diffusers(tmp_path: Path) -> None:
+    record = run_benchmark("convert.py", "--work", str(tmp_path))
+    for side in ("ours", "back", "diffusers"):
+        assert record[side]["seconds"] > 0
+        assert 100 < record[side]["peak_anonymous_mib"] < record[side]["peak_rss_mib"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ FLAGS = {
     "tool_check_dataset.py": {
         *("--dataset", "--root", "--split", "--quick", "--json", "--sheet", "--rows", "--workers"),
     },
+    "tool_convert_hint.py": {"--from", "--palette", "--void", "--channels"},
     "tool_demo_page.py": {
         *(
             "--data",
@@ -67,7 +68,9 @@ FLAGS = {
         ),
     },
     "tool_doctor.py": {"--json"},
-    "tool_export.py": {"--to", "--dtype", "--base"},
+    "tool_export.py": {
+        *("--to", "--dtype", "--base", "--config", "--parameterization", "--ema", "--verify", "--no-verify"),
+    },
     "tool_judge_streets.py": {
         *("--real", "--first_stage", "--images", "--labels", "--judge", "--count", "--device", "--out"),
     },
@@ -78,6 +81,7 @@ FLAGS = {
     "tool_train_streets_base.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_judge.py": {"--config", "--minutes", "--out", "--print_config"},
     "tool_train_streets_vae.py": {"--config", "--minutes", "--out", "--print_config"},
+    "tool_transfer_control.py": {"--from", "--to", "--swap", "--whole", "--dtype"},
     "tutorial_dataset.py": {"--root", "--index", "--make", "--dataset", "--out"},
     "tutorial_train.py": {
         *(

@@ -129,7 +129,7 @@ def test_what_the_disk_changed_is_noticed_before_the_old_file_goes(tmp_path, mon
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"old": torch.ones(1)})
 
-    def write_another(file, tensors, notes):
+    def write_another(file, *_):
         file.write(safetensors.torch.save({"x": torch.ones(2)}))
 
     monkeypatch.setattr(tensor_writing, "_write_safetensors", write_another)

@@ -167,7 +167,7 @@ def load_session(
             f"{checkpoint}: expected a control of colour maps, which this page paints, found one that was"
             f" trained with data.hint={run.hint}; sample it with generate.py"
         )
-    model_config = load_model_config(config) if config else model_config_of(checkpoint)
+    model_config = load_model_config(config) if config else model_config_of(checkpoint, base)
     model = place(create_model(model_config, checkpoint, base), device, precision)
     marks = {
         "checkpoint": checkpoint.name,

@@ -48,6 +48,14 @@ def encode(text: str) -> list[int]:
     return list(_tokenizer().encode(text))
 
 
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens with their ids, and the merges in their order, under the names that CLIP's own files use."""
+    tokenizer = _tokenizer()
+    words = [*tokenizer.encoder][:START_ID]  # open-clip spells the two special ones in another way
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    return {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
 def chunk_tokens(texts: Sequence[str], pad_id: int) -> Tensor:
     """Token ids in chunks of one context each; the longest text sets the number of chunks.
 
