@@ -198,6 +198,7 @@ def build_trainer(
         default_root_dir=config.train.default_root_dir,
         log_every_n_steps=10,
         enable_checkpointing=False,  # ControlCheckpoint writes them
+        enable_progress_bar=not config.train.dry_run,  # Lightning's own would count epochs
         enable_model_summary=False,
     )
 

@@ -462,10 +462,11 @@ def test_what_was_reached_is_saved_once_when_a_run_breaks_off(
 
 
 def test_a_dry_run_is_one_step_with_its_grid_and_a_report(
-    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.INFO, logger="cldm.trainer"):
         run = recipe.run(tmp_path, "--dry_run", "--max_steps", "500", "train.accumulate=2")
+    assert "Epoch" not in "".join(capsys.readouterr())
     assert run.grids == ["step=000000.png", "step=000001.png"]
     assert not (run.folder / "checkpoints").exists()
     (said,) = [message for message in caplog.messages if message.startswith("dry run")]
