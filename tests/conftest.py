@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # It lasts as long as the process, and tests that measure memory share this one with those of the scripts.
     cldm.cli.keep_freed_memory = lambda: None
+    if sys.argv[0] == "-c":  # in the processes of xdist; our sentences begin with the program
+        sys.argv[0] = "pytest.py"
     # Time is the machine's affair; and a red CI run is to be the fault of the change, not of new examples.
     hypothesis.settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
     hypothesis.settings.load_profile("here")
