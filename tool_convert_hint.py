@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cldm.cli import refuse
 from datasets import DATASETS
+from datasets.files import write_text
 from datasets.hint_encoding import hint_encoding, seen_as_one_hot
 from datasets.label_space import SPACES, LabelSpace
 
@@ -49,6 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"{path} exists; choose another name or remove it first")
     if not args.target.parent.is_dir():
         parser.error(f"the folder {args.target.parent} does not exist; create it first")
+    if args.target.suffix != ".safetensors":
+        parser.error(f"{args.target} has to end in .safetensors")
     if args.channels and (args.encoding or args.palette or args.void):
         parser.error(
             "--channels names channels; --from, --palette and --void are of label maps, so leave one out"
@@ -67,7 +70,7 @@ def read_channels(words: Sequence[str], found: int) -> NDArray[np.float64]:
             )
         first, last, count = match.groups()
         if first is None:
-            rows += [np.zeros(found)] * int(count or 1)
+            rows += [np.zeros(found)] * min(int(count or 1), MOST_CHANNELS + 1)
             continue
         old = range(int(first), int(last or first) + 1)
         if not old or old[-1] >= found:
@@ -75,8 +78,8 @@ def read_channels(words: Sequence[str], found: int) -> NDArray[np.float64]:
         rows += [np.eye(found)[i] for i in old]
         if len(rows) > MOST_CHANNELS:
             break
-    if len(rows) > MOST_CHANNELS:
-        raise ValueError(f"expected {MOST_CHANNELS} channels at the most, found {len(rows)} or more")
+    if not 0 < len(rows) <= MOST_CHANNELS:
+        raise ValueError(f"expected 1 to {MOST_CHANNELS} channels, found {'more' if rows else 'none'}")
     return np.stack(rows)
 
 
@@ -115,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             matrix, seen_as, rule = one_hot_of_maps(args)
         made = convert_hint(args.control, args.target, torch.from_numpy(matrix), seen_as=seen_as, rule=rule)
         write_tensors(args.target, made.tensors, made.notes)
-        args.yaml.write_text(f"# Of {args.target.name}: {rule}.\n{OmegaConf.to_yaml(made.config)}")
+        write_text(args.yaml, f"# Of {args.target.name}: {rule}.\n{OmegaConf.to_yaml(made.config)}")
     except (ValueError, OSError) as error:
         refuse(str(error))
     print(

@@ -44,6 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{args.target} exists; choose another name or remove it first")
     if not args.target.parent.is_dir():
         parser.error(f"the folder {args.target.parent} does not exist; create it first")
+    if args.target.suffix != ".safetensors":
+        parser.error(f"{args.target} has to end in .safetensors")
     return args
 
 

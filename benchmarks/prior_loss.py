@@ -164,8 +164,8 @@ def markdown(rows: Sequence[dict[str, Any]], levels: Sequence[int]) -> str:
     lines = [head, ["---"] * len(head)]
     for row in rows:
         mean, error = row["difference"][str(levels[0])]
-        against = [row["against"], f"{mean:+.5f} +- {error:.5f}"] if row["against"] else ["", ""]
-        lines.append([row["name"], *(f"{row['loss'][str(level)]:.5f}" for level in levels), *against])
+        against = [row["against"], f"{mean:+.2g} +- {error:.1g}"] if row["against"] else ["", ""]
+        lines.append([row["name"], *(f"{row['loss'][str(level)]:.4g}" for level in levels), *against])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

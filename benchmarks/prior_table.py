@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for cell in cells(args):
         folders = {seed: sample(args, cell, seed) for seed in cell.seeds}
         cards = {seed: judge(args, cell, str(seed), {seed: folder}) for seed, folder in folders.items()}
-        pooled = judge(args, cell, "all", folders) if len(folders) > 1 else cards[cell.seeds[0]]
+        together = "_".join(map(str, cell.seeds))
+        pooled = judge(args, cell, together, folders) if len(folders) > 1 else cards[cell.seeds[0]]
         rows.append(row_of(cell, folders, cards, pooled))
         say(json.dumps(rows[-1]))
     draw_sheet(args, [cell for cell in cells(args) if cell.name in {f"{k}_{args.steps}" for k in args.kinds}])
@@ -138,7 +139,8 @@ def judge(args: argparse.Namespace, cell: Cell, name: str, folders: dict[int, Pa
     """The card of samples, made anew if they are newer."""
     import tool_judge_streets
 
-    card, images = args.out / cell.name / f"card_{name}.json", args.out / cell.name / f"judged_{name}"
+    of = f"{name}_{args.maps}_{args.judge.stem}"
+    card, images = args.out / cell.name / f"card_{of}.json", args.out / cell.name / f"judged_{of}"
     manifests = [folder / "manifest.jsonl" for folder in folders.values()]
     if not card.exists() or card.stat().st_mtime < max(path.stat().st_mtime for path in manifests):
         images.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,7 @@ def make_ours(args: argparse.Namespace, name: str, model: ControlLDM, config: Di
 
     from cldm.fast_path import compile_networks, round_frozen
     from cldm.model import create_model
-    from ldm.models.optimizer import AdamWInBackward
+    from ldm.models.optimizer import AdamWInBackward, pays_in_backward
 
     cached, precision = name != "ours", "bf16" if name == "ours_fast" else args.precision
     with torch.device("meta"):
@@ -199,7 +199,8 @@ def make_ours(args: argparse.Namespace, name: str, model: ControlLDM, config: Di
             x_start, cond = twin.get_input(batch, twin.first_stage_key)
             return twin.p_losses(x_start, cond, inputs.t, inputs.noise)[0]
 
-    kind = AdamWInBackward if args.device == "cpu" else partial(torch.optim.AdamW, fused=True)
+    pays = pays_in_backward(twin.trainable_parameters(), torch.device(args.device))
+    kind = AdamWInBackward if pays else partial(torch.optim.AdamW, fused=True)
     return Side(loss, twin.trainable_parameters(), partial(kind, lr=twin.learning_rate))
 
 

@@ -112,7 +112,7 @@ class TrainConfig:
     precision: str = "auto"  # one of TRAINING_PRECISIONS; trained weights are float32 in all of them
     frozen_precision: str | None = None  # of the frozen UNet: bf16 halves it, and auto is bf16-mixed then
     activation_checkpointing: bool = False  # recompute in backward instead of keeping: less memory, slower
-    update_in_backward: bool | None = None  # less memory where a step is one backward; null is on a CPU
+    update_in_backward: bool | None = None  # less memory; null is where it pays, with large models on a CPU
     compile: bool = False  # have torch compile the networks; minutes at the start, needs a C++ compiler
     clip: float | None = None  # largest norm of the gradient
     schedule: str = "constant"  # of the learning rate: one of SCHEDULES

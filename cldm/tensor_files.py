@@ -239,6 +239,10 @@ def _is_pickle(entry: zipfile.ZipInfo) -> bool:
 
 def _check_zip(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     """Refuse zip files that torch did not write as plain tensors."""
+    names = [entry.filename for entry in entries]
+    if len(set(names)) < len(names) or sum(map(_is_pickle, entries)) > 1:
+        # torch would load another one than the one that is looked through here.
+        raise CheckpointError(f"{path} is a zip file with two entries of one name; save it with torch.save")
     if not any(_is_pickle(entry) for entry in entries):
         first = f"it holds {entries[0].filename}" if entries else "it is empty"
         raise CheckpointError(f"{path} is a zip file but not a torch file ({first}); {EXPECTED}")

@@ -31,6 +31,7 @@ from cldm.validation import LossCurve, Validation
 from cldm.weights import base_of
 from ldm.models.diffusion.memory import PosteriorMemory
 from ldm.models.learning_rate import rate_factor
+from ldm.models.optimizer import pays_in_backward
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ def build_model(config: DictConfig) -> tuple[ControlLDM, ControlCheckpoint]:
     how = {"schedule": train.schedule, "warmup": train.warmup, "steps": train.max_steps}
     is_plain = train.schedule == "constant" and not train.warmup
     model.rate_schedule = None if is_plain else partial(rate_factor, **how)
-    on_cpu = find_device("auto").type == "cpu"
-    model.update_in_backward = on_cpu if train.update_in_backward is None else train.update_in_backward
     model.sd_locked = config.train.sd_locked
+    pays = pays_in_backward(model.trainable_parameters(), find_device("auto"))
+    model.update_in_backward = pays if train.update_in_backward is None else train.update_in_backward
     model.memory = PosteriorMemory() if config.train.keep_latents else None
     if train.frozen_precision is not None:
         round_frozen(model)

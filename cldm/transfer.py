@@ -19,10 +19,10 @@ from torch import Tensor
 from cldm.add_control import CONTROL, UNET, add_control
 from cldm.checkpoint import SCHEDULE_KEYS, detect_architecture, parts
 from cldm.hint_channels import read_branch
-from cldm.model import model_config_of, shapes_of, with_hint_channels
+from cldm.model import known_model_config, model_config_of, shapes_of, with_choices, with_hint_channels
 from cldm.origin import origin_notes
 from cldm.tensor_files import CheckpointError
-from cldm.weights import ALL_PARTS, base_notes, find_base, notes_of, read_published, recorded_yaml
+from cldm.weights import ALL_PARTS, base_notes, find_base, notes_of, read_published
 
 DECODER = (f"{UNET}output_blocks.", f"{UNET}out.")
 OWN = tuple(CONTROL + part for part in ("input_hint_block.", "zero_convs.", "middle_block_out."))
@@ -90,7 +90,7 @@ def transfer_control(
     drift = None if swap else measure(trained, pairs, on, base)
     moved = move(trained, {} if swap else pairs, on, base, dtype)
     config = with_hint_channels(model_config_of(control), shapes_of(state))
-    check_prediction(config, control, new)
+    config = agreed_prediction(config, control, new)
     tensors = complete(config, base, moved, control, new)
     notes = {key: value for key, value in notes_of(control).items() if key in KEPT_NOTES}
     files = {"control": control, **({} if swap or before is None else {"from": before}), "to": new}
@@ -163,6 +163,8 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal but for the rounding to the coarser of their types."""
     if a.dtype == b.dtype:
         return torch.equal(a, b)
+    if not (a.is_floating_point() and b.is_floating_point()):
+        return torch.equal(a.double(), b.double())
     coarse = max((torch.finfo(x.dtype) for x in (a, b)), key=lambda info: info.eps)
     return torch.allclose(a.double(), b.double(), rtol=coarse.eps, atol=coarse.tiny * coarse.eps)
 
@@ -236,16 +238,26 @@ def triples(
         yield trained[key].double(), old[name].double(), new[name].double()
 
 
-def check_prediction(config: DictConfig, control: str | Path, new: str | Path) -> None:
-    """Refuse a base that records to predict something else than the control was trained with."""
-    recorded = recorded_yaml(new, "model_config")
-    theirs = OmegaConf.select(recorded, "model.params.parameterization") if recorded is not None else None
-    ours = OmegaConf.select(config, "model.params.parameterization")
-    if theirs and ours and theirs != ours:
+def agreed_prediction(config: DictConfig, control: str | Path, new: str | Path) -> DictConfig:
+    """The control's model file, with what the base is known to predict if the control does not say.
+
+    Raises
+        CheckpointError  a base that predicts something else than the control was trained with
+    """
+    ours, theirs = (prediction_of(known_model_config(path)) for path in (control, new))
+    if ours and theirs and theirs != ours:
         raise CheckpointError(
             f"{control} was trained to predict {ours} and {new} predicts {theirs}; name a base that predicts "
             f"{ours}"
         )
+    return with_choices(config, parameterization=theirs) if theirs and not ours else config
+
+
+def prediction_of(config: DictConfig | None) -> str | None:
+    """What a model file says that its network predicts."""
+    return (
+        None if config is None else OmegaConf.select(config, "model.params.parameterization", default="eps")
+    )
 
 
 def complete(

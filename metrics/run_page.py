@@ -20,6 +20,7 @@ def run_page(run: Path, beside: Path) -> str:
 
     Raises
         FileNotFoundError  a folder without the lines that a training writes
+        ValueError         one with other lines
     """
     training, validation = (read_lines(run / f"{name}.jsonl") for name in ("training", "validation"))
     if not training and not validation:
@@ -27,6 +28,22 @@ def run_page(run: Path, beside: Path) -> str:
             f"expected the log folder of a training, with training.jsonl or validation.jsonl, found none in"
             f" {run}; name one such as work_dir/lightning_logs/version_0"
         )
+    try:
+        return told(run, beside, training, validation)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{run}: expected lines as tutorial_train.py writes them, found others ({error!r}); name the log"
+            " folder of a training"
+        ) from error
+
+
+def told(
+    run: Path,
+    beside: Path,
+    training: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page of these records."""
     sections = [("curves", "Curves", [*verdict(validation), curves(training, validation)])]
     if validation:
         sections.append(("levels", "By noise level", levels(validation)))

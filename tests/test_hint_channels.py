@@ -323,3 +323,22 @@ def test_another_encoding_than_the_branch_takes_is_refused(
     with pytest.raises(SystemExit):
         convert(control, "onehot")
     assert "exists; choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["out.yaml"], "has to end in .safetensors"),
+        (["out.safetensors", "--channels", "new:1000000000000"], "expected 1 to 1000 channels, found more"),
+        (["out.safetensors", "--channels", "new:0"], "expected 1 to 1000 channels, found none"),
+    ],
+)
+def test_a_target_and_a_number_that_cannot_be_are_refused(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control = ROOT / "models/control_streets.safetensors"
+    with pytest.raises(SystemExit) as caught:
+        script.main([str(control), str(tmp_path / words[0]), *words[1:]])
+    assert caught.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from cldm.cldm import ControlLDM
 from cldm.finite import FiniteLoss
-from ldm.models.optimizer import AdamWInBackward
+from ldm.models.optimizer import AdamWInBackward, pays_in_backward
 
 
 def network() -> nn.Module:
@@ -120,3 +120,10 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     inside.step(lambda: loss_of(module, 0).backward())
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
     assert {int(state["step"]) for state in inside.state.values()} == {1}
+
+
+@pytest.mark.parametrize(("device", "pays"), [("cpu", True), ("cuda", False)])
+def test_it_is_the_default_for_large_models_on_a_cpu_alone(device: str, pays: bool) -> None:
+    small, large = (nn.Linear(10_000, width, device="meta").parameters() for width in (10, 10_000))
+    assert not pays_in_backward(small, torch.device(device))
+    assert pays_in_backward(large, torch.device(device)) == pays

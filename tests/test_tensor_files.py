@@ -320,3 +320,14 @@ def test_a_fingerprint_sees_a_run_of_changed_bytes_anywhere(tmp_path):
 def test_a_fingerprint_tells_files_apart_by_their_length_alone(tmp_path):
     marks = {marked(tmp_path / "a", bytes(MIB + count)) for count in (0, 1, 2)}
     assert len(marks) == 3
+
+
+def test_of_two_pickles_in_a_zip_neither_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "two.ckpt"
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(name, b"\x80\x02}.")  # an empty dict; torch would read this one
+    with pytest.raises(CheckpointError, match="two entries of one name"):
+        read_tensors(path)
