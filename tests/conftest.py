@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     cldm.cli.keep_freed_memory = lambda: None
     if sys.argv[0] == "-c":  # in the processes of xdist; our sentences begin with the program
         sys.argv[0] = "pytest.py"
+    # What runs in the background is born deaf to Ctrl-C; tests send it to themselves.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Time is the machine's affair; and a red CI run is to be the fault of the change, not of new examples.
     hypothesis.settings.register_profile("here", deadline=None, derandomize=bool(os.environ.get("CI")))
     hypothesis.settings.load_profile("here")
