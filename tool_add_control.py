@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cldm.cli import refuse
+from cldm.cli import check_new, check_there, refuse
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -51,13 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             )
     if args.target is None:
         parser.error("expected two files, IN and OUT; OUT is missing")
-    for path in filter(None, (args.source, args.control, args.config)):
-        if not path.exists():
-            parser.error(f"{path} does not exist")
-    if args.target.exists():
-        parser.error(f"{args.target} exists; choose another name or remove it first")
-    if not args.target.parent.is_dir():
-        parser.error(f"the folder {args.target.parent} does not exist; create it first")
+    check_there(parser, args.source, args.control, args.config)
+    check_new(parser, args.target)
     return args
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cldm.cli import refuse
+from cldm.cli import check_new, check_there, refuse
 from datasets import DATASETS
 from datasets.files import write_text
 from datasets.hint_encoding import hint_encoding, seen_as_one_hot
@@ -43,13 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--channels", nargs="+", metavar="OLD", help="old channel of each new one, instead of one-hot")
     args = parser.parse_args(argv)
     args.yaml = args.target.with_suffix(".yaml")
-    if not args.control.exists():
-        parser.error(f"{args.control} does not exist")
-    for path in (args.target, args.yaml):
-        if path.exists():
-            parser.error(f"{path} exists; choose another name or remove it first")
-    if not args.target.parent.is_dir():
-        parser.error(f"the folder {args.target.parent} does not exist; create it first")
+    check_there(parser, args.control)
+    check_new(parser, args.target, args.yaml)
     if args.target.suffix != ".safetensors":
         parser.error(f"{args.target} has to end in .safetensors")
     if args.channels and (args.encoding or args.palette or args.void):

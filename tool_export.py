@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cldm.cli import refuse
+from cldm.cli import check_new, check_there, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,11 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="compare a diffusers folder with our networks (default: yes)",
     )
     args = parser.parse_args(argv)
-    for path in filter(None, (args.source, args.base, args.config)):
-        if not path.exists():
-            parser.error(f"{path} does not exist")
-    if args.target.exists():
-        parser.error(f"{args.target} exists; choose another name or remove it first")
+    check_there(parser, args.source, args.base, args.config)
+    check_new(parser, args.target, makes_folder=True)
     if args.to == "control" and (args.ema or args.config or args.parameterization):
         parser.error(
             "--ema, --config and --parameterization are about whole models; leave them out with --to control"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cldm.cli import refuse
+from cldm.cli import check_new, check_there, refuse
 
 if TYPE_CHECKING:
     from cldm.transfer import Transfer
@@ -37,13 +37,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--whole", action="store_true", help="write the whole model")
     add("--dtype", choices=("fp16", "bf16", "fp32"), help="of the tensors (default: as in the files)")
     args = parser.parse_args(argv)
-    for path in filter(None, (args.control, args.to, args.old)):
-        if not path.exists():
-            parser.error(f"{path} does not exist")
-    if args.target.exists():
-        parser.error(f"{args.target} exists; choose another name or remove it first")
-    if not args.target.parent.is_dir():
-        parser.error(f"the folder {args.target.parent} does not exist; create it first")
+    check_there(parser, args.control, args.to, args.old)
+    check_new(parser, args.target)
     if args.target.suffix != ".safetensors":
         parser.error(f"{args.target} has to end in .safetensors")
     return args

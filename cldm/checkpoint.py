@@ -43,6 +43,7 @@ PART_PREFIXES = {
     "vae": "first_stage_model.",
     "text": "cond_stage_model.",
 }
+WHOLE = frozenset({"unet", "vae", "text"})  # what samples by itself
 SUPPORTED = "expected Stable Diffusion 1.5, 2.1 or Streets weights under their original names"
 
 _STALE_BUFFERS = {"position_ids", "attn_mask", "lvlb_weights"}

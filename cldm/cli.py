@@ -39,6 +39,23 @@ def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, least
             parser.error(f"--{name} must be {limit} or more, found {value}")
 
 
+def check_there(parser: argparse.ArgumentParser, *paths: Path | None) -> None:
+    """Refuse files and folders that are not there; one that was not given is None."""
+    for path in filter(None, paths):
+        if not path.exists():
+            parser.error(f"{path} does not exist")
+
+
+def check_new(parser: argparse.ArgumentParser, *targets: Path, makes_folder: bool = False) -> None:
+    """Refuse to write over something, or into a folder that is not there, unless the script makes it."""
+    for path in targets:
+        if path.exists():
+            parser.error(f"{path} exists; choose another name or remove it first")
+    folder = targets[0].parent
+    if not (makes_folder or folder.is_dir()):
+        parser.error(f"the folder {folder} does not exist; create it first")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free instead of handing it back and faulting it in again at every step.
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from cldm.checkpoint import PART_PREFIXES, check_pair
+from cldm.checkpoint import PART_PREFIXES, WHOLE, check_pair
 from cldm.diffusers_config import Config, model_file_of, unet_params
 from cldm.diffusers_keys import (
     count_levels,
@@ -35,7 +35,6 @@ CLASSES = {
     "CLIPTextModel": "text",
 }
 LEFT_OVER = "not_in_diffusers.safetensors"  # beside the text encoder: what diffusers has no place for
-WHOLE = {"unet", "vae", "text"}
 SUPPORTED = "expected a pipeline of Stable Diffusion 1.5 or 2.1, or the folder of one of its networks"
 
 _SINGLE = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([\w-]+))?\.(safetensors|bin)")

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from cldm.checkpoint import PART_PREFIXES, parts
+from cldm.checkpoint import PART_PREFIXES, WHOLE, parts
 from cldm.diffusers_config import folder_configs
 from cldm.diffusers_folder import FOLDERS, LEFT_OVER
 from cldm.diffusers_keys import OPEN_CLIP, is_left_out, text_to_diffusers, to_diffusers
@@ -91,7 +91,7 @@ def write_folder(
 
 def check_params(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
     """Refuse what diffusers would compute otherwise; return how many blocks the text encoder runs."""
-    if lost := {"unet", "vae", "text"} - parts(state):
+    if lost := WHOLE - parts(state):
         raise CheckpointError(
             f"expected UNet, autoencoder and text encoder for a pipeline, {', '.join(sorted(lost))} missing; "
             "name the base with --base FILE"

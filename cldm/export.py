@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from cldm.add_control import add_control
-from cldm.checkpoint import SCHEDULE_KEYS, check_pair, match_keys, parts, with_position_ids
+from cldm.add_control import CONTROL, add_control
+from cldm.checkpoint import SCHEDULE_KEYS, WHOLE, check_pair, match_keys, parts, with_position_ids
 from cldm.cldm import ControlLDM
 from cldm.diffusers_writing import converted, write_folder
 from cldm.digests import fingerprint
@@ -32,10 +32,8 @@ from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes, base_of, find_base, notes_of, read_published
 from ldm.util import instantiate_from_config
 
-CONTROL = "control_model."
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KEPT_NOTES = ("model_config", "run_config", "step")
-WHOLE = {"unet", "vae", "text"}
 
 
 # -- a model of any origin --------------------------------------------------------------------------------

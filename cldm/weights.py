@@ -12,14 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from cldm.checkpoint import check_pair, parts, to_model_keys
+from cldm.checkpoint import WHOLE, check_pair, parts, to_model_keys
 from cldm.config import project_path
 from cldm.diffusers_folder import read_folder, read_notes
 from cldm.diffusers_keys import part_of_names, to_published
 from cldm.digests import fingerprint, sha256_of
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 
-ALL_PARTS = {"unet", "control", "vae", "text"}
+ALL_PARTS = WHOLE | {"control"}
 MOST_NESTED = 50  # levels of a configuration; those of model files are seven
 
 
