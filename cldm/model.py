@@ -130,11 +130,11 @@ def model_config_of(checkpoint: str | Path, base: str | Path | None = None) -> D
     known = known_model_config(checkpoint)
     if known is not None:
         return known
-    below = {} if base is None else shapes_of(read_published(base))
-    shapes = {**below, **shapes_of(read_published(checkpoint))}
+    shapes = shapes_of(read_published(checkpoint))
     config = None if base is None else known_model_config(base)
     if config is None:
-        config = load_model_config(MODEL_FILES[detect_architecture(shapes, str(checkpoint))])
+        below = {} if base is None else shapes_of(read_published(base))
+        config = load_model_config(MODEL_FILES[detect_architecture({**below, **shapes}, str(checkpoint))])
     return with_hint_channels(config, shapes)
 
 
