@@ -36,7 +36,7 @@ from datasets.hints import HINT_TYPES, find_hints, prompt_of, read_hint
 from datasets.label_space import LabelSpace
 
 if TYPE_CHECKING:
-    from cldm.cldm import ControlLDM
+    from cldm.cldm import ControlledModel
 
 ROWS_OF_A_SHEET = 16
 KEPT_HINTS = 64
@@ -195,13 +195,13 @@ def hint_reader(args: argparse.Namespace) -> HintReader:
     return read
 
 
-def load_model(args: argparse.Namespace) -> ControlLDM:
+def model_of(args: argparse.Namespace) -> ControlledModel:
     """The model, where and in the precision that was asked for."""
-    from cldm.model import create_model, load_model_config, model_config_of, place, with_choices
+    from cldm.model import load_model, load_model_config, model_config_of, place, with_choices
 
     config = load_model_config(args.config) if args.config else model_config_of(args.ckpt, args.base)
     config = with_choices(config, parameterization=args.parameterization, attn_backend=args.attn_backend)
-    return place(create_model(config, args.ckpt, args.base), args.device, args.precision)
+    return place(load_model(config, args.ckpt, args.base), args.device, args.precision)
 
 
 def run_jobs(
@@ -213,7 +213,7 @@ def run_jobs(
 
     from cldm.generate import generate
 
-    model = load_model(args)
+    model = model_of(args)
     with tqdm(total=sum(map(len, batches)), unit="image") as bar:
         for batch in batches:
             hints = torch.from_numpy(np.stack([read(job.hint) for job in batch])).permute(0, 3, 1, 2) / 255

@@ -29,7 +29,7 @@ from cldm.config import SAMPLER_NAMES
 from datasets import DATASETS, create_labelled, find_entry, registered_name
 
 if TYPE_CHECKING:
-    from cldm.cldm import ControlLDM
+    from cldm.cldm import ControlledModel
     from cldm.sample_tree import Job
     from ldm.priors.prior import NoisePrior
 
@@ -212,9 +212,9 @@ class Run:
         return found
 
     @cached_property
-    def model(self) -> ControlLDM:
+    def model(self) -> ControlledModel:
         """The model, where and in the precision that was asked for."""
-        from cldm.model import create_model, load_model_config, model_config_of, place
+        from cldm.model import load_model, load_model_config, model_config_of, place
         from cldm.prior_start import check_first_stage
 
         args = self.args
@@ -223,7 +223,7 @@ class Run:
             if args.config
             else model_config_of(args.ckpt, args.base)
         )
-        model = place(create_model(config, args.ckpt, args.base), args.device, args.precision)
+        model = place(load_model(config, args.ckpt, args.base), args.device, args.precision)
         if self.measured is not None:
             check_first_stage(self.measured.card, str(self.path), model)
         return model

@@ -33,7 +33,7 @@ from cldm.cli import check_new, check_there, refuse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cldm.cldm import ControlLDM
+    from cldm.cldm import ControlledModel
     from cldm.export import Model
 
 # Largest difference of a right export, relative to the largest value; the order of sums makes about 1e-6.
@@ -192,7 +192,7 @@ def load_pipeline(folder: Path) -> Any:
     return pipeline
 
 
-def compare(ours: ControlLDM, theirs: Any) -> Iterator[Difference]:
+def compare(ours: ControlledModel, theirs: Any) -> Iterator[Difference]:
     """Text, autoencoder, one forward: relative to the largest value; a sample: colours in 0..1."""
     import torch
 
@@ -229,7 +229,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def sample_difference(ours: ControlLDM, theirs: Any, hint: Tensor | None) -> float:
+def sample_difference(ours: ControlledModel, theirs: Any, hint: Tensor | None) -> float:
     """Largest difference of an image from the same noise, colours in 0..1."""
     from cldm.config import SampleConfig
     from cldm.generate import draw_noise, generate

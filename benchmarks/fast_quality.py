@@ -133,7 +133,7 @@ def make_data(args: argparse.Namespace, model: ControlLDM) -> Data:
     import torch
 
     from cldm.validation import Validation, fixed_batches
-    from ldm.models.diffusion.ddpm import channels_first
+    from ldm.models.diffusion.latent import channels_first
 
     samples, measured = (streets if args.arch == "streets" else noise)(args)
     with torch.no_grad():

@@ -178,7 +178,7 @@ class Predecessor:
         import torch
 
         from cldm.prior_pass import device_of
-        from ldm.models.diffusion.ddpm import channels_first
+        from ldm.models.diffusion.latent import channels_first
 
         autoencoder, scale = self.first_stage
         with torch.no_grad():

@@ -135,11 +135,11 @@ def start_ours(args: argparse.Namespace) -> dict[str, float]:
     from cldm.cli import keep_freed_memory
     from cldm.config import SampleConfig
     from cldm.generate import generate
-    from cldm.model import create_model, model_config_of
+    from cldm.model import load_model, model_config_of
 
     keep_freed_memory()
     moments = {"import": time.monotonic()}
-    model = create_model(model_config_of(args.ckpt), args.ckpt).eval()
+    model = load_model(model_config_of(args.ckpt), args.ckpt)
     moments["load"] = time.monotonic()
 
     def stop(_step: int, _x_0: Tensor) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from cldm.checkpoint import SCHEDULE_KEYS, match_keys, with_position_ids
 from cldm.cldm import build_hint_block
-from cldm.model import check_schedule, shapes_of
+from cldm.model import check_schedule, empty_model, model_params, shapes_of
 from cldm.tensor_files import CheckpointError
-from ldm.util import instantiate_from_config
 
 CONTROL, UNET = "control_model.", "model.diffusion_model."
 
@@ -29,15 +28,13 @@ def add_control(
     seed     of the hint block, which nothing is copied into
     returns  state by published name, and where each tensor came from: a name in the base, "CONTROL", or "NEW"
     """
-    params = OmegaConf.to_container(config.model, resolve=True)
-    with torch.device("meta"):
-        target = instantiate_from_config(params).state_dict()
+    target = empty_model(config).state_dict()
     check_schedule(target["alphas_cumprod"], base, "the base")
     found = {key: (value, key) for key, value in base.items()}
     if control is None:
         encoder = ((CONTROL + key.removeprefix(UNET), key) for key in base if key.startswith(UNET))
         found |= {key: (base[source], source) for key, source in encoder}
-        fresh = new_tensors(target, params["params"]["control_stage_config"]["params"], seed)
+        fresh = new_tensors(target, model_params(config)["params"]["control_stage_config"]["params"], seed)
         found |= {key: (value, "NEW") for key, value in fresh.items()}
     else:
         found |= {key: (value, "CONTROL") for key, value in control.items() if key.startswith(CONTROL)}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cldm.checkpoint import SCHEDULE_KEYS, with_position_ids
-from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
+from cldm.control_ldm import ControlLDM
 from cldm.first_stage import PREFIX, encode_in_chunks
 from cldm.generate import generate
 from cldm.pictures import Rgb, sheet

@@ -27,7 +27,8 @@ from cldm.model import PRECISIONS
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import LatentDiffusion, channels_first
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latent import channels_first
 from ldm.modules.encoders.modules import TextEmbedder
 from ldm.modules.encoders.tokenizer import CONTEXT_LENGTH
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.models.diffusion.ddpm import Batch, Cond, LatentDiffusion, channels_first, join_context
+from ldm.models.diffusion.latent import Cond, LatentModel, join_context
 from ldm.modules.attention import Context, project_context
 from ldm.modules.diffusionmodules.openaimodel import UNetArch, UNetEncoder, UNetModel
 from ldm.modules.diffusionmodules.util import zero_module
@@ -118,23 +118,23 @@ class ControlledUnetModel(UNetModel):
         return self.decode(outputs, emb, context).to(x.dtype)
 
 
-class ControlLDM(LatentDiffusion):
-    """Latent diffusion with a control branch; the training module of the project.
+class ControlledModel(LatentModel):
+    """Latent diffusion with a control branch, to use; `ControlLDM` trains it.
 
     The UNet's encoder is frozen; its decoder too while `sd_locked`. `control_scales` weigh the residuals.
     """
+
+    unused_params = LatentModel.unused_params | {"control_key"}
 
     def __init__(
         self,
         *,
         control_stage_config: Mapping[str, Any],
-        control_key: str = "hint",
         only_mid_control: bool = False,
-        **latent_diffusion: Any,  # the parameters of LatentDiffusion, which names and checks them
+        **latent_model: Any,  # the parameters of LatentModel, which names and checks them
     ) -> None:
-        super().__init__(**latent_diffusion)
+        super().__init__(**latent_model)
         self.control_model = instantiate_from_config(control_stage_config)
-        self.control_key = control_key
         self.control_scales = [1.0] * self.control_model.num_residuals
         self.model.requires_grad_(False)
         self.sd_locked = True
@@ -161,12 +161,6 @@ class ControlLDM(LatentDiffusion):
     def only_mid_control(self, only_mid: bool) -> None:
         self._only_mid_control = only_mid
         self.control_model.zero_convs.requires_grad_(not only_mid)
-
-    def get_input(self, batch: Batch, k: str, bs: int | None = None) -> tuple[Tensor, Cond]:
-        """Latent and condition; the hint (B, H, W, C) in [0, 1] has the key `control_key`."""
-        z, cond = super().get_input(batch, k, bs)
-        hint = channels_first(batch[self.control_key][:bs], self.device)
-        return z, {**cond, "c_concat": [hint]}
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the controlled UNet predicts; without a hint in `cond`, what the plain one does.
@@ -223,3 +217,12 @@ def scaled(residuals: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]
 def guess_mode_scales(strength: float, num_residuals: int) -> list[float]:
     """Scales that fade towards the image-sized end: strength * 0.825 ** (n - 1 - i)."""
     return [strength * GUESS_MODE_DECAY ** (num_residuals - 1 - i) for i in range(num_residuals)]
+
+
+def __getattr__(name: str) -> Any:
+    """`ControlLDM`, found when asked for: Lightning takes longer to import than all that sampling needs."""
+    if name == "ControlLDM":
+        from cldm.control_ldm import ControlLDM
+
+        return ControlLDM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from cldm.diffusers_keys import OPEN_CLIP, is_left_out, text_to_diffusers, to_di
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
 from ldm.modules.encoders.tokenizer import CONTEXT_LENGTH, END_ID, START_ID, vocabulary
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_empty
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.42.0"  # whose words these are
@@ -109,8 +109,7 @@ def check_params(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
             "the model file has only_mid_control, which diffusers does not know, and the control branch has "
             "more than its middle; set it to false, or make the zero_convs zero"
         )
-    with torch.device("meta"):
-        encoder = instantiate_from_config(params["cond_stage_config"])
+    encoder = instantiate_empty(params["cond_stage_config"])
     if not getattr(encoder, "normalize", True):
         raise CheckpointError(
             "the text encoder ends without its last norm (layer: hidden), which diffusers always runs; "

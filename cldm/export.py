@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cldm.add_control import CONTROL, add_control
 from cldm.checkpoint import SCHEDULE_KEYS, WHOLE, check_pair, match_keys, parts, with_position_ids
-from cldm.cldm import ControlLDM
+from cldm.cldm import ControlledModel
 from cldm.diffusers_writing import converted, write_folder
 from cldm.digests import fingerprint
 from cldm.model import (
     check_schedule,
+    empty_model,
     known_model_config,
     load_weights,
     model_config_of,
@@ -30,7 +31,6 @@ from cldm.model import (
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes, base_of, find_base, notes_of, read_published
-from ldm.util import instantiate_from_config
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KEPT_NOTES = ("model_config", "run_config", "step")
@@ -91,8 +91,7 @@ def read_model(
 
 def complete(state: Mapping[str, Tensor], config: DictConfig, where: str) -> dict[str, Tensor]:
     """Hold a whole model against its model file, and add the schedule's buffers that published files have."""
-    with torch.device("meta"):
-        target = instantiate_from_config(OmegaConf.to_container(config.model, resolve=True)).state_dict()
+    target = empty_model(config).state_dict()
     has_control = "control" in parts(state)
     expected = {key: value for key, value in target.items() if has_control or not key.startswith(CONTROL)}
     report = match_keys(shapes_of(expected), shapes_of(state))
@@ -105,7 +104,7 @@ def complete(state: Mapping[str, Tensor], config: DictConfig, where: str) -> dic
     return {**{key: value for key, value in state.items() if key not in SCHEDULE_KEYS}, **schedule}
 
 
-def build(model: Model, dtype: torch.dtype | None, where: str) -> ControlLDM:
+def build(model: Model, dtype: torch.dtype | None, where: str) -> ControlledModel:
     """The networks of a whole model, its weights rounded as in a file; control is fresh if it has none."""
     if model.config is None:
         raise CheckpointError(f"{where} is no whole model; expected UNet, autoencoder and text encoder")
@@ -113,11 +112,10 @@ def build(model: Model, dtype: torch.dtype | None, where: str) -> ControlLDM:
     state = {key: value.to(changed.get(key, value.dtype)) for key, value in model.state.items()}
     if "control" not in parts(state):
         state = add_control(model.config, state)[0]
-    with torch.device("meta"):
-        network = instantiate_from_config(OmegaConf.to_container(model.config.model, resolve=True))
+    network = empty_model(model.config)
     state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     load_weights(network, state, where)
-    return network.to("cpu").eval()
+    return network.eval()
 
 
 # -- writing ----------------------------------------------------------------------------------------------

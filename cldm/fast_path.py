@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cldm.cldm import ControlLDM
+from cldm.control_ldm import ControlLDM
 
 
 def round_frozen(model: ControlLDM, dtype: torch.dtype = torch.bfloat16) -> None:

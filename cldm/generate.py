@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from cldm.cldm import ControlLDM, HintFeatures, guess_mode_scales
+from cldm.cldm import ControlledModel, HintFeatures, guess_mode_scales
 from cldm.config import SampleConfig
 from ldm.models.diffusion.ddim import StepCallback, sample_ddim
 from ldm.models.diffusion.dpm_solver import sample_dpm_solver
@@ -46,7 +46,7 @@ class Start(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: ControlLDM,
+    model: ControlledModel,
     hint: Tensor | None,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -103,7 +103,7 @@ def draw_noise(seeds: Sequence[int], draws: int, shape: tuple[int, ...]) -> Tens
 
 
 def guided_predictor(
-    model: ControlLDM,
+    model: ControlledModel,
     hint: Tensor | None,
     prompts: Sequence[str],
     settings: SampleConfig,
@@ -130,7 +130,7 @@ def guided_predictor(
     return classifier_free_guidance(predict_eps, settings.scale) if guided else predict_eps
 
 
-def decode(model: ControlLDM, z: Tensor) -> Tensor:
+def decode(model: ControlledModel, z: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, H, W, 3) uint8 on the CPU, a few at a time to bound the memory."""
     at_once = max(1, DECODED_AT_ONCE // (z.shape[-2] * z.shape[-1]))
     images = torch.cat([model.decode_first_stage(part).float() for part in z.split(at_once)])

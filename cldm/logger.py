@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_only
 
-from cldm.cldm import ControlLDM
 from cldm.config import SampleConfig
+from cldm.control_ldm import ControlLDM
 from cldm.generate import generate
 from cldm.pictures import overlay, sheet, write_png
 

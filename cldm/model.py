@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from cldm.checkpoint import PART_PREFIXES, SCHEDULE_KEYS, detect_architecture, match_keys
-from cldm.cldm import ControlLDM
+from cldm.cldm import ControlledModel
 from cldm.config import project_path, read_yaml
 from cldm.diffusers_folder import folder_model_file
 from cldm.tensor_files import CheckpointError
 from cldm.weights import read_published, read_weights, recorded_yaml
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_empty, instantiate_from_config
+
+if TYPE_CHECKING:
+    from cldm.control_ldm import ControlLDM
 
 log = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
+TO_SAMPLE = {"cldm.cldm.ControlLDM": "cldm.cldm.ControlledModel"}  # what a training module trains
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 MODEL_FILES = {
@@ -31,9 +36,11 @@ MODEL_FILES = {
 
 
 def create_model(
-    config: str | Path | DictConfig, checkpoint: str | Path | None = None, base: str | Path | None = None
+    config: str | Path | DictConfig,
+    checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> ControlLDM:
-    """Build the model of a model YAML file.
+    """Build the training module of a model YAML file.
 
     config      path of the file, or its content
     checkpoint  weights to fill it with; without, the weights are random. The model is then built without
@@ -43,16 +50,33 @@ def create_model(
     """
     if not isinstance(config, DictConfig):
         config = load_model_config(config)
-    params = OmegaConf.to_container(config.model, resolve=True)
     if checkpoint is None:
-        return instantiate_from_config(params)
-    with torch.device("meta"):
-        model = instantiate_from_config(params)
+        return instantiate_from_config(model_params(config))
+    model = instantiate_empty(model_params(config))
     load_weights(model, read_weights(checkpoint, base), where=str(checkpoint))
-    return model.to("cpu")  # moves nothing: Lightning would keep saying that the module is on meta
+    return model
 
 
-def place(model: ControlLDM, device: str = "auto", precision: str = "auto") -> ControlLDM:
+def load_model(config: DictConfig, checkpoint: str | Path, base: str | Path | None = None) -> ControlledModel:
+    """The model of a checkpoint to sample with; as `create_model`, but without Lightning, sooner there."""
+    model = empty_model(config)
+    load_weights(model, read_weights(checkpoint, base), where=str(checkpoint))
+    return model.eval()
+
+
+def empty_model(config: DictConfig) -> ControlledModel:
+    """Names and shapes of a model to sample with, without memory."""
+    params = model_params(config)
+    params["target"] = TO_SAMPLE.get(params["target"], params["target"])
+    return instantiate_empty(params)
+
+
+def model_params(config: DictConfig) -> dict[str, Any]:
+    """`target` and `params` of a model file."""
+    return OmegaConf.to_container(config.model, resolve=True)
+
+
+def place(model: ControlledModel, device: str = "auto", precision: str = "auto") -> ControlledModel:
     """Move a model to where it samples, its networks in a precision; the autoencoder stays in float32.
 
     device     auto is the GPU if there is one
@@ -162,7 +186,7 @@ def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, Tensor
     return {key: tensor.to(location) for key, tensor in read_published(path).items()}
 
 
-def load_weights(model: ControlLDM, state: Mapping[str, Tensor], where: str) -> None:
+def load_weights(model: ControlledModel, state: Mapping[str, Tensor], where: str) -> None:
     """Give `model` the tensors of `state`, in float32, strictly: every one needed, none too many.
 
     Frozen parameters stay mapped to their file when they are float32 there.

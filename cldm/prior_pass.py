@@ -29,10 +29,10 @@ from cldm.prior_file import Prior, PriorCard, Range, joined, read_prior, write_p
 from cldm.tensor_files import CheckpointError, read_metadata, read_shapes
 from cldm.weights import find_base, read_published
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import channels_first
+from ldm.models.diffusion.latent import channels_first
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.priors.moments import LatentMoments
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_empty
 
 SAVE_SECONDS = 60.0
 Report = Callable[[int], object]  # called with the number of images that were added
@@ -195,8 +195,7 @@ def load_first_stage(
     named = ((key, value) for key, value in state.items() if key.startswith(prefix))
     weights = {key.removeprefix(prefix): value.float() for key, value in named}
     params = OmegaConf.to_container(config.model.params, resolve=True)
-    with torch.device("meta"):
-        autoencoder = instantiate_from_config(params["first_stage_config"])
+    autoencoder = instantiate_empty(params["first_stage_config"])
     try:
         autoencoder.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cldm.cldm import ControlLDM
+from cldm.cldm import ControlledModel
 from cldm.config import SampleConfig
 from cldm.generate import Start, find_sampler, generate
 from cldm.text_memory import TextMemory
@@ -25,7 +25,11 @@ Frame = Mapping[str, Any]
 
 
 def make_prior(
-    model: ControlLDM, moments: LatentMoments | None, size: Sequence[int], num_classes: int, **options: Any
+    model: ControlledModel,
+    moments: LatentMoments | None,
+    size: Sequence[int],
+    num_classes: int,
+    **options: Any,
 ) -> NoisePrior:
     """A prior for the latents of a model, images of a size (H, W), and maps of some classes.
 
@@ -51,7 +55,7 @@ class PriorSampler:
     """Samples images for frames, each started by a prior at the first of some timesteps."""
 
     def __init__(
-        self, model: ControlLDM, prior: NoisePrior, timesteps: Sequence[int], settings: SampleConfig
+        self, model: ControlledModel, prior: NoisePrior, timesteps: Sequence[int], settings: SampleConfig
     ) -> None:
         self.model, self.prior, self.timesteps, self.settings = model, prior, timesteps, settings
         self.abar = float(model.alphas_cumprod.double()[timesteps[0]])
@@ -82,7 +86,7 @@ def labels_of(frames: Sequence[Frame]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_photos(model: ControlLDM, frames: Sequence[Frame]) -> tuple[Tensor, Tensor]:
+def encode_photos(model: ControlledModel, frames: Sequence[Frame]) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, C, h, w) of the latents of the photos of frames, scaled, on the CPU.
 
     One at a time: what a network makes of an image depends on those beside it, in the last bits.
@@ -92,7 +96,7 @@ def encode_photos(model: ControlLDM, frames: Sequence[Frame]) -> tuple[Tensor, T
     return mean * model.scale_factor, variance * model.scale_factor**2
 
 
-def choose_start(model: ControlLDM, prior: NoisePrior, frames: Sequence[Frame]) -> tuple[int, float]:
+def choose_start(model: ControlledModel, prior: NoisePrior, frames: Sequence[Frame]) -> tuple[int, float]:
     """The lowest timestep at which a start knows enough of held-out frames, and its loss in nats a value."""
     abar = model.alphas_cumprod.double().tolist()
     mean, variance = encode_photos(model, frames)

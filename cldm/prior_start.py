@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cldm.cldm import ControlLDM
+from cldm.cldm import ControlledModel
 from cldm.config import project_path
 from cldm.prior_file import Prior, PriorCard, check_fits, read_whole
 from cldm.prior_pass import encoder_fingerprint
@@ -53,7 +53,7 @@ def open_prior(path: Path, size: Sequence[int], classes: Sequence[str], *, resam
     return Prior(replace(card, size=(height, width), origin=origin), resampled(moments, latent))
 
 
-def check_first_stage(card: PriorCard, where: str, model: ControlLDM) -> None:
+def check_first_stage(card: PriorCard, where: str, model: ControlledModel) -> None:
     """Refuse a prior of latents that are not those of the model, with both named."""
     check_fits(card, where, scale_factor=model.scale_factor)
     check_fits(card, where, first_stage=encoder_fingerprint(model.first_stage_model))

@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from cldm.checkpoint import SCHEDULE_KEYS, with_position_ids
-from cldm.cldm import ControlLDM
+from cldm.control_ldm import ControlLDM
 from cldm.digests import fingerprint
 from cldm.model import PRECISIONS
 from cldm.run_state import FOLDER, SUFFIX

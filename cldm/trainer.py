@@ -18,8 +18,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cldm.averaging import AverageWeights
-from cldm.cldm import ControlLDM
 from cldm.config import RANDOM
+from cldm.control_ldm import ControlLDM
 from cldm.fast_path import compile_networks, round_frozen
 from cldm.finite import FiniteLoss
 from cldm.logger import ImageLogger, Samples

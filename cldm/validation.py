@@ -15,11 +15,11 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from cldm.cldm import ControlLDM
+from cldm.control_ldm import ControlLDM
 from cldm.generate import draw_noise
 from cldm.logger import Samples, evaluating
 from cldm.whole_files import whole_file
-from ldm.models.diffusion.ddpm import channels_first
+from ldm.models.diffusion.latent import channels_first
 
 log = logging.getLogger(__name__)
 

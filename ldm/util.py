@@ -9,9 +9,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 ALLOWED_PACKAGES = ("ldm", "cldm")
+DRAWS = (nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
 IDENTITY = "torch.nn.Identity"  # `lossconfig` of published files
 
 
@@ -32,6 +35,25 @@ def instantiate_from_config(config: Mapping[str, Any]) -> Any:
     return cls(**supported_params(cls, config.get("params") or {}))
 
 
+def instantiate_empty(config: Mapping[str, Any]) -> Any:
+    """As `instantiate_from_config`, without memory: on the meta device, to be filled from a file."""
+    with torch.device("meta"), NothingToInitialise():
+        return instantiate_from_config(config)
+
+
+class NothingToInitialise(TorchFunctionMode):
+    """Skips what draws weights; on the meta device it fills nothing, after a second of imports."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` unless it would initialise a tensor."""
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def resolve_target(target: str | None) -> type:
     """Return the class that a dotted name stands for, from the allow-list only."""
     module_name, _, class_name = str(target).rpartition(".")
@@ -42,8 +64,8 @@ def resolve_target(target: str | None) -> type:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"target {target!r} does not exist: {error}") from error
-    if not isinstance(found, type) or found.__module__ != module_name:
-        raise ValueError(f"target {target!r} is not allowed in a model file; it is no class of that module")
+    if not isinstance(found, type) or found.__module__.partition(".")[0] not in ALLOWED_PACKAGES:
+        raise ValueError(f"target {target!r} is not allowed in a model file; it is no class of the project")
     return found
 
 

@@ -412,7 +412,7 @@ def test_a_half_done_folder_is_completed(
     assert set(again) == set(first)
     assert all((again[name] == first[name]).all() for name in first)
     assert (out / "sub/c_seed0.png").stat().st_mtime_ns == kept
-    monkeypatch.setattr(script, "load_model", lambda args: pytest.fail("nothing is to be done"))
+    monkeypatch.setattr(script, "model_of", lambda args: pytest.fail("nothing is to be done"))
     run(weights, maps, out)
     assert (out / "sub/c_seed0.png").stat().st_mtime_ns == kept
 

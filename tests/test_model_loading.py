@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import safetensors.torch
 import torch
 from diffusers import DDPMScheduler
@@ -16,10 +19,18 @@ from oracles import randomize
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
-from cldm.model import create_model, load_model_config, load_state_dict, load_weights, model_config_of
+from cldm.model import (
+    create_model,
+    load_model,
+    load_model_config,
+    load_state_dict,
+    load_weights,
+    model_config_of,
+)
 from cldm.tensor_files import CheckpointError
 from cldm.tensor_writing import write_tensors
 from cldm.weights import base_notes, find_base, read_weights
+from ldm.util import instantiate_empty, instantiate_from_config
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Any]]
 GOLDEN = Path(__file__).parent / "golden"
@@ -374,3 +385,39 @@ def test_both_bases_make_a_model_of_their_config(tiny_yamls: dict[str, Path], tm
         write_tensors(tmp_path / f"{style}.safetensors", model.state_dict())
         loaded = create_model(config, tmp_path / f"{style}.safetensors")
         assert_holds(loaded, model.state_dict())
+
+
+def test_a_model_to_sample_with_is_that_of_the_training_module_and_needs_no_lightning(
+    tiny_yaml: Path, full: Path, state: dict[str, Tensor]
+) -> None:
+    model = load_model(load_model_config(tiny_yaml), full)
+    assert_holds(model, state)
+    assert not any(module.training for module in model.modules())
+    trained = create_model(tiny_yaml, checkpoint=full)
+    assert isinstance(trained, pl.LightningModule)
+    assert type(model) in type(trained).__mro__
+    assert not isinstance(model, pl.LightningModule)
+    code = """
+import sys
+from cldm.generate import generate
+from cldm.model import load_model, load_model_config
+load_model(load_model_config(sys.argv[1]), sys.argv[2])
+print(*sys.modules, sep="\\n")
+"""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", code, str(tiny_yaml), str(full)]
+    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "cldm.cldm" in loaded
+    assert not loaded & {"pytorch_lightning", "torchmetrics", "torchvision", "torch._dynamo", "scipy"}
+
+
+def test_what_is_made_empty_is_as_large_as_what_is_made_and_draws_nothing(tiny_yaml: Path) -> None:
+    params = load_model_config(tiny_yaml).model
+    before = torch.get_rng_state()
+    empty = instantiate_empty(params)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    shapes = {key: (value.shape, value.dtype) for key, value in empty.state_dict().items()}
+    made = instantiate_from_config(params).state_dict()
+    assert shapes == {key: (value.shape, value.dtype) for key, value in made.items()}

@@ -17,7 +17,7 @@ from datasets.label_space import Size
 from webui.condition import Hint
 
 if TYPE_CHECKING:
-    from cldm.cldm import ControlLDM
+    from cldm.cldm import ControlledModel
 
 LIMITS: Mapping[str, tuple[float, float]] = {  # of what a visitor may ask for
     "num": (1, 8),
@@ -67,7 +67,7 @@ class Order:
 class Session:
     """A model with the settings that its images carry and the folder that they go to."""
 
-    model: ControlLDM
+    model: ControlledModel
     folder: Path
     size: Size | None = None  # of the images; None is that of each hint
     sample: SampleConfig = field(default_factory=SampleConfig)  # what a page starts with
@@ -158,7 +158,7 @@ def load_session(
     Raises
         ValueError, OSError  one sentence
     """
-    from cldm.model import create_model, load_model_config, model_config_of, place
+    from cldm.model import load_model, load_model_config, model_config_of, place
     from cldm.recorded_run import read_recorded_run
 
     run = read_recorded_run(checkpoint)
@@ -168,7 +168,7 @@ def load_session(
             f" trained with data.hint={run.hint}; sample it with generate.py"
         )
     model_config = load_model_config(config) if config else model_config_of(checkpoint, base)
-    model = place(create_model(model_config, checkpoint, base), device, precision)
+    model = place(load_model(model_config, checkpoint, base), device, precision)
     marks = {
         "checkpoint": checkpoint.name,
         "checkpoint_fingerprint": fingerprint(checkpoint),
