@@ -27,8 +27,7 @@ from cldm.model import PRECISIONS
 from cldm.tensor_files import CheckpointError, read_metadata, read_tensors
 from cldm.tensor_writing import write_tensors
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.latent import channels_first
+from ldm.models.diffusion.latent import LatentModel, channels_first
 from ldm.modules.encoders.modules import TextEmbedder
 from ldm.modules.encoders.tokenizer import CONTEXT_LENGTH
 
@@ -105,7 +104,7 @@ def write_samples(
     folder: str | Path,
     rows: Rows,
     collate: Callable[[list[Any]], Mapping[str, Any]],
-    model: LatentDiffusion,
+    model: LatentModel,
     identity: Identity,
     *,
     dtype: str = "32",
@@ -167,7 +166,7 @@ def missing_shards(folder: Path, total: int, in_shard: int, identity: Identity) 
 
 @torch.no_grad()
 def encoded(
-    batch: Mapping[str, Any], model: LatentDiffusion, dtype: str, batch_size: int
+    batch: Mapping[str, Any], model: LatentModel, dtype: str, batch_size: int
 ) -> dict[str, Tensor]:
     """A batch of rows with moments (B, 2C, h, w) instead of photos.
 

@@ -14,7 +14,7 @@ from cldm.cldm import ControlledModel
 from cldm.config import SampleConfig
 from cldm.generate import Start, find_sampler, generate
 from cldm.text_memory import TextMemory
-from ldm.models.diffusion.ddpm import channels_first
+from ldm.models.diffusion.latent import channels_first
 from ldm.models.diffusion.schedule import timesteps_from
 from ldm.priors.moments import LatentMoments
 from ldm.priors.prior import NoisePrior
