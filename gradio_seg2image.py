@@ -1,13 +1,15 @@
-"""Paint streets from label maps in the browser: python gradio_seg2image.py, then open the address it prints.
+"""Paint a street in the browser and see it appear: python gradio_seg2image.py, then open what it prints.
 
     python gradio_seg2image.py
     python gradio_seg2image.py --ckpt work_dir/lightning_logs/version_0/checkpoints/step=005000.safetensors \\
-        --size 512 1024 --examples data/cityscapes/gtFine/val
+        --size 512 1024 --examples data/cityscapes/gtFine/val --prior noise_priors/cityscapes/mine.safetensors
+    python gradio_seg2image.py --condition none --ckpt models/control_v11p_sd15_canny.pth
     python gradio_seg2image.py --listen --auth me:a-long-password
 
-A label map (label ids, train ids or the colours of Cityscapes) or an example goes in, images come out, beside
-themselves under the map; each PNG holds its settings. The page answers to this machine alone; --listen and
---share open it to others and need --auth. It reads and writes one temporary folder, removed at the end.
+The page edits a label map, which can be loaded as ids, as colours, or read from a photo by --segmenter, and
+samples images for it; each PNG holds its settings and the map. With --condition none the picture that is
+loaded is the hint itself. The page answers to this machine alone; --listen and --share open it to others and
+need --auth. It reads and writes one temporary folder, removed at the end. Its API: docs/webui.md.
 """
 
 from __future__ import annotations
@@ -18,13 +20,24 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cldm.cli import keep_freed_memory, refuse
 from cldm.config import project_path
-from webui.segmentation import SEGMENTATION
-from webui.session import MAX_IMAGE_PIXELS, load_session
+from datasets import DATASETS
+from datasets.label_space import SPACES, LabelSpace
+from webui.segmentation import STREETS, segmentation
+from webui.uploads import MAX_IMAGE_PIXELS, STEP
 
+if TYPE_CHECKING:
+    from cldm.recorded_run import RecordedRun
+    from metrics.segmentation import Segmenter
+    from webui.condition import Condition
+    from webui.painter import Segment
+
+CONDITIONS = ("segmentation", "none")
 MAX_PORT = 65535
 
 
@@ -37,6 +50,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ckpt", type=Path, help="a whole model, or a control branch over its base")
     add("--base", type=Path, help="base of a control branch, if neither recorded in it nor in models/")
     add("--config", type=Path, help="model YAML file; by default the recorded one, or the architecture's")
+    add(
+        "--condition", choices=CONDITIONS, default=CONDITIONS[0], help="of the control (default: %(default)s)"
+    )
+    add("--palette", choices=SPACES, help="classes of the maps (default: as in training, or cityscapes)")
+    add("--prior", type=Path, help="file of noise_prior.py (default: with the Streets models theirs)")
+    add("--segmenter", type=Path, help="reads photos: a folder of transformers, or the weights of a judge of"
+        " Streets (default: with the Streets models theirs)")  # fmt: skip
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="(default: the training run's, or each map's)")
     add("--examples", type=Path, metavar="DIR", help="maps to pick from (default: of Streets, validation)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -55,12 +75,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def find_problem(args: argparse.Namespace) -> str:
     """What is wrong with the flags, in a sentence; nothing if nothing is."""
-    for path in filter(None, (args.ckpt, args.base, args.config, args.examples)):
+    for path in filter(None, (args.ckpt, args.base, args.config, args.examples, args.prior, args.segmenter)):
         if not path.exists():
             return f"{path} does not exist"
     if args.examples and not args.examples.is_dir():
         return f"--examples {args.examples} is no folder; name the folder that holds the maps"
-    if args.size and any(side < 64 or side % 64 for side in args.size):
+    if args.size and any(side < STEP or side % STEP for side in args.size):
         return f"--size must be multiples of 64, found {args.size[0]} {args.size[1]}"
     if args.size and args.size[0] * args.size[1] > MAX_IMAGE_PIXELS:
         return f"--size must be at most {MAX_IMAGE_PIXELS} pixels, found {args.size[0]} {args.size[1]}"
@@ -70,14 +90,14 @@ def find_problem(args: argparse.Namespace) -> str:
         return "--auth must be USER:PASSWORD"
     if (args.listen or args.share) and args.auth is None:
         return "--listen and --share let others use the page; give --auth USER:PASSWORD with them"
-    if args.ckpt is None:
-        return find_missing_weights()
-    return ""
+    if args.condition == "none" and (args.ckpt is None or args.prior or args.segmenter or args.palette):
+        return "--condition none needs --ckpt, and takes neither --prior nor --segmenter nor --palette"
+    return find_missing_weights() if args.ckpt is None else ""
 
 
 def find_missing_weights() -> str:
     """Which of the default weights are not there, and what to do."""
-    missing = [name for name in SEGMENTATION.weights if not project_path(name).is_file()]
+    missing = [name for name in (STREETS.checkpoint, STREETS.base) if name and existing(name) is None]
     if not missing:
         return ""
     return (
@@ -102,34 +122,84 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build what was asked for and serve it."""
+    """Build what was asked for and serve it; the model is read meanwhile."""
+    from cldm.recorded_run import read_recorded_run
     from webui.examples import load_examples
     from webui.folder import KEPT, private_folder
     from webui.painter import Painter
+    from webui.session import open_session
+    from webui.starts import Starts
 
+    if args.ckpt is None:
+        args.ckpt = project_path(str(STREETS.checkpoint))
+        args.prior, args.segmenter = (
+            args.prior or existing(STREETS.prior),
+            args.segmenter or existing(STREETS.segmenter),
+        )
+    recorded = read_recorded_run(args.ckpt)
+    condition = make_condition(args, recorded)
     with private_folder() as folder:
-        checkpoint = args.ckpt or project_path(SEGMENTATION.weights[0])
-        session = load_session(
+        session = open_session(
             folder,
-            checkpoint,
+            args.ckpt,
+            recorded,
             base=args.base,
             config=args.config,
             device=args.device,
             precision=args.precision,
             size=tuple(args.size) if args.size else None,
+            starts=Starts(args.prior, condition.space) if args.prior and condition.space else None,
         )
-        examples = load_examples(SEGMENTATION, args.examples, folder / KEPT / "streets", session.size)
-        print("the model is ready; the page takes some seconds more", file=sys.stderr)
+        examples = load_examples(condition, args.examples, folder / KEPT / "maps", session.size)
         from webui.page import build_page
         from webui.server import serving
 
-        page = build_page(Painter(SEGMENTATION, session, examples))
+        segment = make_segmenter(args.segmenter, condition, args.device) if args.segmenter else None
+        page = build_page(Painter(condition, session, examples, segment))
         auth = tuple(args.auth.split(":", 1)) if args.auth else None
         with serving(
             page, folder, port=args.port, auth=auth, listen=args.listen, share=args.share
         ) as address:
             print(f"open {address} (stop with Ctrl-C)", flush=True)
+            _ = session.model  # or its refusal, which ends the page
+            print("the model is ready", file=sys.stderr)
             threading.Event().wait()
+
+
+def make_condition(args: argparse.Namespace, run: RecordedRun) -> Condition:
+    """What the page is about; a control that was trained on other hints than it offers is refused."""
+    from webui.any_hint import ANY_HINT
+
+    if args.condition == "none":
+        return ANY_HINT
+    if run.hint not in (None, "colours"):
+        raise ValueError(
+            f"{args.ckpt}: expected a control of colour maps, which this page paints, found one that was"
+            f" trained with data.hint={run.hint}; sample it with generate.py"
+        )
+    own = DATASETS[run.dataset].label_space if run.dataset in DATASETS else None
+    return segmentation(LabelSpace.load(args.palette or run.label_space or own or "cityscapes"))
+
+
+def make_segmenter(path: Path, condition: Condition, device: str) -> Segment | None:
+    """What reads photos for a page that paints label maps; it is loaded with the first of them."""
+    space = condition.space
+    if space is None:
+        return None
+
+    @cache
+    def segmenter() -> Segmenter:
+        from cldm.model import find_device
+        from metrics.segmenters import load_segmenter
+
+        return load_segmenter(path, space, find_device(device))
+
+    return lambda photo: segmenter()(photo[None])[0].astype("uint8")
+
+
+def existing(name: str | None) -> Path | None:
+    """A file that ships with the project, if it is there."""
+    return project_path(name) if name and project_path(name).is_file() else None
 
 
 if __name__ == "__main__":

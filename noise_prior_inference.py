@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from cldm.cli import INTERRUPTED, check_least, keep_freed_memory, parse_shard, refuse
-from cldm.config import SAMPLER_NAMES
+from cldm.config import MEASURED_PRIORS, SAMPLER_NAMES
 from datasets import DATASETS, create_labelled, find_entry, registered_name
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("noise_prior_inference")
 
 UNMEASURED = ("normal", "x0")  # kinds that need no file
-MEASURED = ("spatial", "class", "spatial-class", "spatial-class-joint", "class-spatial-joint")
 AUTO, AUTO_FRAMES = "auto", 16
 KEPT_FRAMES = 64
 SAMPLE_FLAGS = {
@@ -97,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_start(group: Any) -> None:
     """The flags that say where sampling starts."""
     add = group.add_argument
-    add("--prior_type", choices=(*UNMEASURED, *MEASURED), default="normal", help="(default: %(default)s)")
+    add("--prior_type", choices=(*UNMEASURED, *MEASURED_PRIORS), default="normal", help="(default: %(default)s)")
     add(
         "--prior",
         type=Path,

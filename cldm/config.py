@@ -24,6 +24,8 @@ FILE_PRECISIONS = ("32", "16")
 LOGGERS = ("tensorboard", "csv", "wandb")
 SCHEDULES = ("constant", "cosine", "one_cycle")  # their functions: ldm.models.learning_rate
 SAMPLER_NAMES = ("ddim", "dpm++2m")  # their functions stand in cldm.generate.SAMPLERS
+# Kinds of ldm.priors.prior that come from a file of moments.
+MEASURED_PRIORS = ("spatial", "class", "spatial-class", "spatial-class-joint", "class-spatial-joint")
 CHOICES = {
     "data.cache_precision": FILE_PRECISIONS,
     "train.checkpoint_precision": FILE_PRECISIONS,

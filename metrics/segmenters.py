@@ -172,6 +172,15 @@ def kind_of(path: Path) -> str:
     raise ValueError(f"{path}: expected a folder of transformers with its config.json, or a Streets judge")
 
 
+def load_segmenter(path: Path, space: LabelSpace, device: torch.device) -> Segmenter:
+    """The segmenter of a path given with --segmenter, for the classes of a label space."""
+    if kind_of(path) == "transformers":
+        return TransformersSegmenter(path, space, device)
+    if space.name != "cityscapes":
+        raise ValueError(f"{path}: the judge knows the classes of cityscapes, not those of {space.name}")
+    return StreetsJudge.load(path, device)
+
+
 def hash_of(path: Path) -> dict[str, Any]:
     """What a segmenter is: file or folder, and the hash of its weights."""
     if path.is_file():

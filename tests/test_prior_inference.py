@@ -141,7 +141,7 @@ def test_noise_needs_no_file_and_is_what_generate_draws(call: Any, model: Contro
 
 
 def test_every_kind_and_sampler_makes_an_image_of_its_own(call: Any) -> None:
-    assert {*script.UNMEASURED, *script.MEASURED} == set(KINDS)
+    assert {*script.UNMEASURED, *script.MEASURED_PRIORS} == set(KINDS)
     made = [
         image(call("--sample_size", 1, "--sampler", sampler, kind=kind, out=f"{kind}-{sampler}"), 0)
         for kind in KINDS

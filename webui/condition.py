@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cldm.pictures import Rgb
-from datasets.label_space import Size
+from datasets.label_space import Ids, LabelSpace, Size
 
 EXAMPLES = 6  # shown on a page
 
@@ -21,8 +21,9 @@ class Hint(NamedTuple):
 
     name: str  # of the file, without its folder
     colours: Rgb  # (H, W, 3); what the network sees and what is laid over the images
-    legend: Mapping[str, tuple[int, int, int]]  # colour by name, of what is in it; largest first
-    digest: str  # of the file
+    digest: str  # of the file, or of the labels
+    found: str = ""  # what its file was taken for, in words
+    labels: Ids | None = None  # (H, W) train ids, of a label map; what priors start from
 
 
 class Example(NamedTuple):
@@ -30,6 +31,15 @@ class Example(NamedTuple):
 
     hint: Hint
     prompt: str
+
+
+class Models(NamedTuple):
+    """Files that ship with the project, by their path in it; None where there is none."""
+
+    checkpoint: str | None = None
+    base: str | None = None
+    prior: str | None = None
+    segmenter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,5 +54,7 @@ class Condition:
         str, str
     ]  # what a file can hold: the words on the page -> what `read` takes; first: default
     read: Callable[[Path, str, Size | None], Hint]  # (file, kind, size of the images); refuses in a sentence
-    find_examples: Callable[[Path, Size | None], Path]  # a folder of hints; makes them in the first argument
-    weights: tuple[str, ...]  # files of the model that is taken if none is named, the checkpoint first
+    find_examples: Callable[[Path, Size | None], Path | None]  # a folder of hints; may make it in the first
+    models: Models  # what is taken if none is named
+    space: LabelSpace | None = None  # of hints that are label maps: they are edited on the page
+    from_labels: Callable[[Ids, str], Hint] | None = None  # (labels, name): the hint of an edited map

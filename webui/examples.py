@@ -15,7 +15,11 @@ def load_examples(condition: Condition, folder: Path | None, work: Path, size: S
     folder  of the user; by default the condition's own, made in `work` if there is none
     size    of the images; by default each hint's own
     """
-    paths = find_hints(folder or condition.find_examples(work, size))
+    folder = folder or condition.find_examples(work, size)
+    if folder is None:
+        return []
+    paths = find_hints(folder)
     spread = [paths[i * len(paths) // EXAMPLES] for i in range(EXAMPLES)]
+    kind = next(iter(condition.kinds.values()))
     chosen = list(dict.fromkeys(spread))
-    return [Example(condition.read(path, "auto", size), find_caption(path) or "") for path in chosen]
+    return [Example(condition.read(path, kind, size), find_caption(path) or "") for path in chosen]

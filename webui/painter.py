@@ -1,18 +1,41 @@
-"""What a page does, apart from its widgets: find the hint, make the images."""
+"""What a page does, apart from its widgets: find the hint, make the images, stop."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from cldm.pictures import write_png
+from cldm.pictures import Rgb, read_settings, write_png
+from datasets.label_space import Ids, Size, resize_labels
 from webui.condition import Condition, Example, Hint
 from webui.folder import KEPT, tidy
-from webui.session import Order, Session, StepReport
+from webui.label_runs import decode_labels
+from webui.orders import Order, order_from
+from webui.session import Progress, Result, Session, safe_stem
+from webui.uploads import check_picture, fitting_size
 
-Picture = tuple[str, str]  # path and caption
+Segment = Callable[[Rgb], Ids]
+"""A photo (H, W, 3) -> (H, W) train ids."""
+
+
+class Done(NamedTuple):
+    """What came of an order."""
+
+    results: list[Result]
+    map_file: Path | None  # label ids, of a hint that is a label map
+    note: str
+
+    @property
+    def files(self) -> list[str]:
+        """What there is to take away."""
+        paths = [result.image for result in self.results] + ([self.map_file] if self.map_file else [])
+        return [str(path) for path in paths]
 
 
 @dataclass
@@ -22,15 +45,53 @@ class Painter:
     condition: Condition
     session: Session
     examples: Sequence[Example] = field(default_factory=list)
+    segment: Segment | None = None
+    running: dict[str, threading.Event] = field(default_factory=dict, repr=False)  # by visitor
 
-    def find_hint(self, file: str | None, kind: str, example: str) -> Hint:
+    # -- hints -------------------------------------------------------------------------------------------
+
+    def find_hint(self, file: str | None, kind: str, example: str, size: Size | None = None) -> Hint:
         """The hint of a file that was loaded, else of a picked example; ValueError says what is wrong."""
         if file:
-            return self.condition.read(Path(file), self.condition.kinds[kind], self.session.size)
+            if kind not in self.condition.kinds:
+                raise ValueError(f"expected one of {', '.join(self.condition.kinds)}, found {kind[:50]!r}")
+            return self.condition.read(Path(file), self.condition.kinds[kind], size or self.session.size)
         hints = {found.hint.name: found.hint for found in self.examples}
         if example not in hints:
-            raise ValueError(f"expected a file or the name of an example ({', '.join(hints)}), found neither")
-        return hints[example]
+            known = f" or the name of an example ({', '.join(hints)})" if hints else ""
+            raise ValueError(f"expected a file{known}, found neither")
+        return self.resized(hints[example], size)
+
+    def resized(self, hint: Hint, size: Size | None) -> Hint:
+        """A label map at another size, to the nearest pixel."""
+        if size is None or hint.labels is None or hint.labels.shape == size:
+            return hint
+        return self.edited(resize_labels(hint.labels, size), hint.name)
+
+    def edited(self, labels: Ids, name: str) -> Hint:
+        """The hint of a map out of the editor."""
+        if self.condition.from_labels is None:
+            raise ValueError("this page paints from pictures; it has no editor")
+        return self.condition.from_labels(labels, safe_stem(name))
+
+    def from_photo(self, file: str, size: Size | None) -> tuple[Hint, Rgb]:
+        """A photo's map by the segmenter, and the photo in the size of the map."""
+        import cv2
+
+        from datasets.files import read_image
+
+        if self.segment is None:
+            raise ValueError("this page was started without a segmenter; load a map")
+        path = Path(file)
+        try:
+            own = check_picture(path)
+            height, width = size or self.session.size or fitting_size(own)
+            photo = cv2.resize(read_image(path), (width, height), interpolation=cv2.INTER_AREA)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), path.name)) from error
+        with self.session.turn:
+            labels = self.segment(photo)
+        return self.edited(labels, path.name)._replace(found="what the segmenter sees in the photo"), photo
 
     def prompt_for(self, example: str, prompt: str) -> str:
         """The caption of an example, unless the visitor wrote a prompt."""
@@ -47,15 +108,83 @@ class Painter:
                 write_png(path, example.hint.colours)
         return [str(path) for path in paths]
 
-    def paint(self, hint: Hint, order: Order, report: StepReport | None = None) -> tuple[list[Picture], str]:
-        """Each image and the same under its hint, and a sentence about them all."""
-        start = time.perf_counter()
-        results = self.session.run(hint, order, report)
+    def restore(self, file: str, default: Order) -> tuple[Order, Hint | None]:
+        """Order and map of an image that a page made; ValueError says why there are none."""
+        path = Path(file)
+        try:
+            check_picture(path)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), path.name)) from error
+        settings = read_settings(path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path.name}: expected a PNG of this page or of generate.py, found no settings")
+        order = order_from(settings, default)
+        if self.condition.space is None or "map" not in settings:
+            return order, None
+        labels = decode_labels(settings["map"], self.condition.space)
+        return order, self.edited(labels, str(settings.get("hint", path.name)))
+
+    # -- images ------------------------------------------------------------------------------------------
+
+    def paint(self, hint: Hint, order: Order, visitor: str = "") -> Iterator[Progress | Done]:
+        """How far it is, step by step, and at last what came of it.
+
+        visitor  whose `stop` ends it; a visitor who is gone, so that nothing more is taken, ends it as well
+        """
+        order.check()
+        told: queue.SimpleQueue[Progress | Done | Exception] = queue.SimpleQueue()
+        stop = self.running[visitor] = threading.Event()
+
+        def work() -> None:
+            try:
+                told.put(self.finish(hint, order, self.session.run(hint, order, told.put, stop)))
+            except Exception as error:  # raised where the visitor is answered
+                told.put(error)
+
+        begin = time.perf_counter()
+        threading.Thread(target=work, name="painting", daemon=True).start()
+        try:
+            yield Progress(0, order.sample.steps)
+            while True:
+                item = told.get()
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Done):
+                    seconds = time.perf_counter() - begin
+                    yield item._replace(note=f"{item.note} in {seconds:.1f} s.")
+                    return
+                yield item
+        finally:
+            stop.set()
+            with contextlib.suppress(KeyError):
+                if self.running[visitor] is stop:
+                    del self.running[visitor]
+
+    def stop(self, visitor: str) -> bool:
+        """End what a visitor is waiting for, after the step that is computed; whether there was something."""
+        found = self.running.get(visitor)
+        if found is not None:
+            found.set()
+        return found is not None
+
+    def finish(self, hint: Hint, order: Order, results: list[Result]) -> Done:
+        """What an order came to, on disk and in words."""
         tidy(self.session.folder)
-        seconds = time.perf_counter() - start
-        pictures = [(str(r.image), f"seed {r.seed}") for r in results]
-        mixed = [(str(r.mixed), f"seed {r.seed}, under the {self.condition.noun}") for r in results]
         height, width = hint.colours.shape[:2]
-        many = f"{len(results)} images" if len(results) > 1 else "1 image"
-        note = f"{many} of {height}x{width} in {seconds:.1f} s. Each PNG holds its settings."
-        return [part for pair in zip(pictures, mixed, strict=True) for part in pair], note
+        many = f"{len(results)} images" if len(results) != 1 else "1 image"
+        note = f"{many} of {height}x{width}, each a PNG with its settings,"
+        if len(results) < order.num:
+            note = f"Stopped: {len(results)} of {order.num} images of {height}x{width},"
+        if not results or hint.labels is None:
+            return Done(results, None, note)
+        return Done(results, self.write_map(hint, results[0].image.parent), note)
+
+    def write_map(self, hint: Hint, folder: Path) -> Path:
+        """The label ids of a hint, as the data sets have them."""
+        space = self.condition.space
+        if space is None or hint.labels is None:
+            raise ValueError(f"{hint.name}: expected a label map, found a picture")
+        ids = space.to_file_ids(hint.labels, hint.name)
+        path = folder / f"{safe_stem(hint.name)}_labelIds.png"
+        write_png(path, ids)
+        return path

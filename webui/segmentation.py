@@ -1,22 +1,25 @@
-"""The condition "segmentation": a map of what stands where, as ids or in the colours of Cityscapes."""
+"""The condition "segmentation": a map of what stands where, as ids or in the colours of a known palette."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cldm.digests import fingerprint
-from cldm.pictures import Rgb
 from datasets import find_entry, missing_paths
-from datasets.hint_encoding import hint_encoding
-from datasets.hints import detect_hint_type, read_hint
-from datasets.label_space import LabelSpace, Size
-from webui.condition import EXAMPLES, Condition, Hint
-from webui.uploads import check_picture
+from datasets.files import is_colour_map, read_image, read_labels
+from datasets.label_space import SPACES, Ids, LabelSpace, RawIds, Size, resize_labels
+from datasets.translation import translate
+from webui.condition import EXAMPLES, Condition, Hint, Models
+from webui.uploads import check_picture, fitting_size
 
-SPACE = LabelSpace.load("cityscapes")
-ENCODING = hint_encoding(SPACE)
+STREETS = Models(
+    *(f"models/{name}.safetensors" for name in ("control_streets", "streets_base")),
+    *(f"models/streets_{name}.safetensors" for name in ("prior", "judge")),
+)
 RENDERED_SIZE = (128, 256)
 KINDS = {
     "detect": "auto",
@@ -26,39 +29,81 @@ KINDS = {
 }
 
 
-def read_label_map(path: Path, kind: str, size: Size | None) -> Hint:
-    """A label map from a file that a visitor brought, at the size of the images or else at its own.
+@dataclass(frozen=True)
+class LabelMaps:
+    """Label maps of one label space, from files and from the editor."""
 
-    Raises
-        ValueError  one sentence that names the file without its folder
-    """
-    try:
-        check_picture(path)
-        colours = read_hint(path, detect(path) if kind == "auto" else kind, ENCODING, size)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
-    painted = (colours * 255).round().astype(np.uint8)  # exact: it was painted from bytes
-    return Hint(path.name, painted, legend_of(painted), fingerprint(path))
+    space: LabelSpace
 
+    def read(self, path: Path, kind: str, size: Size | None) -> Hint:
+        """A label map from a file that a visitor brought, at the size of the images or else near its own.
 
-def detect(path: Path) -> str:
-    """What a map holds; where that cannot be told, in the words of the page."""
-    try:
-        return detect_hint_type(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: expected colours, or a name that ends in _labelIds or _labelTrainIds, found ids of "
-            "unknown kind; choose label ids or train ids beside the file"
-        ) from error
+        Raises
+            ValueError  one sentence that names the file without its folder
+        """
+        try:
+            own = check_picture(path)
+            size = size or fitting_size(own)
+            labels, found = self.read_labels(path, kind)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), path.name)) from error
+        if labels.shape != size:
+            found += f", resized from {labels.shape[0]}x{labels.shape[1]}"
+        labels = resize_labels(labels, size)
+        return Hint(path.name, self.space.paint(labels), fingerprint(path), found, labels)
 
+    def from_labels(self, labels: Ids, name: str) -> Hint:
+        """The hint of a map that was edited."""
+        labels = self.space.check_train_ids(labels, name)
+        digest = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
+        return Hint(name, self.space.paint(labels), digest, "", labels)
 
-def legend_of(colours: Rgb) -> dict[str, tuple[int, int, int]]:
-    """Colour by class name, of the classes of a painted map, the largest first; void is left out."""
-    space = SPACE
-    counts = np.bincount(space.from_colours(colours, "the map").ravel(), minlength=256)[: space.num_classes]
-    present = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    rgb = {k: space.colours[k].tolist() for k in present}
-    return {space.names[k]: (rgb[k][0], rgb[k][1], rgb[k][2]) for k in present}
+    def read_labels(self, path: Path, kind: str) -> tuple[Ids, str]:
+        """Train ids of a file, and what it was taken for."""
+        if kind == "colours" or (kind == "auto" and is_colour_map(path)):
+            return self.from_colours(path)
+        ids, name = read_labels(path), self.space.name
+        if kind == "auto":
+            kind = self.kind_of_ids(path, ids)
+        if kind == "train_ids":
+            return self.space.check_train_ids(ids, str(path)), f"train ids of {name}"
+        return self.space.to_train_ids(ids, str(path)), f"label ids of {name}"
+
+    def kind_of_ids(self, path: Path, ids: RawIds) -> str:
+        """Label ids or train ids: by the name, else by ids that only one of them has, else train ids."""
+        for ending, kind in (("labelTrainIds", "train_ids"), ("labelIds", "label_ids")):
+            if path.stem.endswith(ending):
+                return kind
+        # A street without a label id above 18 would be one without sky, vegetation, people and vehicles.
+        beyond = (ids >= self.space.num_classes) & (ids != self.space.void)
+        return "label_ids" if beyond.any() else "train_ids"
+
+    def from_colours(self, path: Path) -> tuple[Ids, str]:
+        """Train ids of a painted map, in the first palette that knows its colours; our own comes first."""
+        rgb = read_image(path)
+        others = [LabelSpace.load(name) for name in SPACES if name != self.space.name]
+        refusal: ValueError | None = None
+        for space in (self.space, *others):
+            try:
+                labels = space.from_colours(rgb, str(path))
+            except ValueError as error:
+                refusal = refusal or error
+                continue
+            return self.translated(labels, space)
+        assert refusal is not None
+        raise ValueError(f"{refusal} No other palette knows them all ({', '.join(s.name for s in others)}).")
+
+    def translated(self, labels: Ids, space: LabelSpace) -> tuple[Ids, str]:
+        """Train ids of our space, and the sentence that says what became of classes it does not have."""
+        if space is self.space:
+            return labels, f"colours of {space.name}"
+        found = translate(labels, space, self.space)
+        if not found.lost:
+            return found.labels, f"colours of {space.name}, as classes of {self.space.name}"
+        return found.labels, (
+            f"colours of {space.name}; {found.lost:.0%} of it is void here, as {self.space.name} has no "
+            f"{', '.join(found.lost_names)}"
+        )
 
 
 def find_street_maps(folder: Path, size: Size | None) -> Path:
@@ -72,13 +117,28 @@ def find_street_maps(folder: Path, size: Size | None) -> Path:
     return folder / "gtFine/val"
 
 
-SEGMENTATION = Condition(
-    title="Paint a street from a label map",
-    summary="Choose a map of what stands where, say what it should look like, and a ControlNet paints it.",
-    noun="map",
-    upload="A label map: label ids, train ids or the colours of Cityscapes (PNG, BMP, TIFF)",
-    kinds=KINDS,
-    read=read_label_map,
-    find_examples=find_street_maps,
-    weights=("models/control_streets.safetensors", "models/streets_base.safetensors"),
-)
+def blank_map(space: LabelSpace, folder: Path, size: Size | None) -> Path:
+    """A map of void to start from, in the colours of every label space."""
+    from cldm.pictures import write_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_png(folder / "blank.png", np.zeros((*(size or (512, 512)), 3), np.uint8))
+    return folder
+
+
+def segmentation(space: LabelSpace) -> Condition:
+    """The page of models that are told label maps of a label space."""
+    maps = LabelMaps(space)
+    of_streets = space is LabelSpace.load("cityscapes")
+    return Condition(
+        title="Paint a street from a label map" if of_streets else "Paint a scene from a label map",
+        summary="Paint what stands where, or load a map, say what it should look like, and see it appear.",
+        noun="map",
+        upload="Label ids, train ids, or the colours of Cityscapes, ADE20K or COCO",
+        kinds=KINDS,
+        read=maps.read,
+        find_examples=find_street_maps if of_streets else lambda folder, size: blank_map(space, folder, size),
+        models=STREETS,
+        space=space,
+        from_labels=maps.from_labels,
+    )

@@ -5,33 +5,45 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cldm.config import SampleConfig, check_sample
+from cldm.config import SampleConfig
 from cldm.digests import fingerprint
 from cldm.pictures import Rgb, overlay, write_png
 from datasets.label_space import Size
 from webui.condition import Hint
+from webui.label_runs import encode_labels
+from webui.orders import WHOLE_RUN, Order
+from webui.starts import Starts
+from webui.uploads import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
-    from cldm.cldm import ControlledModel
+    from torch import Tensor
 
-LIMITS: Mapping[str, tuple[float, float]] = {  # of what a visitor may ask for
-    "num": (1, 8),
-    "seed": (0, 2**32 - 1),  # a browser counts exactly up to 2**53
-    "steps": (1, 100),
-    "scale": (1, 20),
-    "strength": (0, 2),
-}
-MAX_PROMPT = 1000  # characters
-MAX_IMAGE_PIXELS = 1 << 20
+    from cldm.cldm import ControlledModel
+    from cldm.recorded_run import RecordedRun
+
 PIXELS_AT_ONCE = 4 * 512 * 512  # of a batch
 RESULTS = "results"  # the subfolder that images go to
+PAUSE = 4  # times what a preview took; so previews take a fifth of the time at the most
 
-StepReport = Callable[[int, int], None]  # steps done, steps in all
+
+class Stopped(Exception):
+    """The visitor wants no more of it."""
+
+
+class Progress(NamedTuple):
+    """How far a request is."""
+
+    done: int  # steps
+    total: int
+    pictures: list[Rgb] | None = None  # what its batch will be; None where the last ones still hold
 
 
 class Result(NamedTuple):
@@ -42,40 +54,34 @@ class Result(NamedTuple):
     mixed: Path  # the same under its hint
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a visitor asks for."""
-
-    prompt: str
-    num: int = 1
-    seed: int = 0  # of the first image; the next count up
-    sample: SampleConfig = field(default_factory=SampleConfig)
-
-    def check(self) -> None:
-        """Refuse numbers outside LIMITS and texts that are too long, each in a sentence."""
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self if hasattr(self, name) else self.sample, name)
-            if not least <= value <= most:  # NaN is not in any range
-                raise ValueError(f"expected {name} in {least}..{most}, found {value}")
-        for name, text in (("prompt", self.prompt), ("negative prompt", self.sample.negative_prompt)):
-            if len(text) > MAX_PROMPT:
-                raise ValueError(f"expected a {name} of at most {MAX_PROMPT} characters, found {len(text)}")
-        check_sample(self.sample)
+Watch = Callable[[Progress], None]
 
 
 @dataclass
 class Session:
-    """A model with the settings that its images carry and the folder that they go to."""
+    """A model, perhaps still being read, with the settings of its images and the folder that they go to."""
 
-    model: ControlledModel
+    loading: Future[ControlledModel]
     folder: Path
     size: Size | None = None  # of the images; None is that of each hint
     sample: SampleConfig = field(default_factory=SampleConfig)  # what a page starts with
     marks: Mapping[str, Any] = field(default_factory=dict)  # goes into every PNG
+    starts: Starts | None = None
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def run(self, hint: Hint, order: Order, report: StepReport | None = None) -> list[Result]:
-        """The images of an order, in batches of bounded size; ValueError says why there are none."""
+    @property
+    def model(self) -> ControlledModel:
+        """The model, as soon as it is there."""
+        return self.loading.result()
+
+    def run(
+        self, hint: Hint, order: Order, watch: Watch | None = None, stop: threading.Event | None = None
+    ) -> list[Result]:
+        """The images of an order, in batches of bounded size; ValueError says why there are none.
+
+        watch  called after each step, from the thread that calls this
+        stop   once it is set, the batch in work is given up after its step; what is made is kept
+        """
         order.check()
         height, width = hint.colours.shape[:2]
         if height * width > MAX_IMAGE_PIXELS:
@@ -88,43 +94,77 @@ class Session:
         results: list[Result] = []
         batches = split(order.seed, order.num, max(1, PIXELS_AT_ONCE // (height * width)))
         for i, seeds in enumerate(batches):
-            steps = (i * order.sample.steps, len(batches) * order.sample.steps)
-            images = self._sample(hint, order, seeds, report and shifted(report, *steps))
+            told = None if watch is None else partial(shifted, watch, i / len(batches), len(batches))
+            try:
+                images = self._sample(hint, order, seeds, told, stop)
+            except Stopped:
+                break
             pairs = zip(seeds, images, strict=True)
             results += [self._write(folder, hint, order, seed, image) for seed, image in pairs]
         return results
 
     def _sample(
-        self, hint: Hint, order: Order, seeds: list[int], report: Callable[[int], None] | None
+        self, hint: Hint, order: Order, seeds: list[int], watch: Watch | None, stop: threading.Event | None
     ) -> list[Rgb]:
         """One batch, while no other request computes."""
         import torch
 
-        from cldm.generate import generate
+        from cldm.generate import decode, generate
 
+        model = self.model
         told = torch.from_numpy(hint.colours).permute(2, 0, 1)[None] / 255
-        callback = None if report is None else lambda step, _: report(step + 1)
         with self.turn:
-            images = generate(
-                self.model, told, [order.prompt] * len(seeds), seeds, order.sample, callback=callback
-            )
+            start = None
+            if order.prior != WHOLE_RUN:
+                if self.starts is None:
+                    raise ValueError("this page was started without a noise prior; choose none")
+                start = self.starts.draw(model, hint, order, seeds)
+            steps = len(start.timesteps) if start else order.sample.steps
+            preview = Preview(lambda z: list(decode(model, z).numpy()))
+
+            def after(step: int, z: Tensor) -> None:
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                if watch is not None:
+                    watch(Progress(step + 1, steps, preview(z) if step + 1 < steps else None))
+
+            prompts = [order.prompt] * len(seeds)
+            images = generate(model, told, prompts, seeds, order.sample, start=start, callback=after)
         return list(images.numpy())
 
     def _write(self, folder: Path, hint: Hint, order: Order, seed: int, image: Rgb) -> Result:
         stem = f"{safe_stem(hint.name)}_seed{seed}"
         settings = {
             **self.marks,
-            **asdict(order.sample),
-            "prompt": order.prompt,
-            "seed": seed,
+            **order.settings(seed),
             "size": list(image.shape[:2]),
             "hint": hint.name,
             "hint_fingerprint": hint.digest,
         }
+        if hint.labels is not None:
+            settings["map"] = encode_labels(hint.labels)
         result = Result(seed, folder / f"{stem}.png", folder / f"{stem}_overlay.png")
         write_png(result.image, image, settings)
         write_png(result.mixed, overlay(image, hint.colours))
         return result
+
+
+class Preview:
+    """Pictures of what is predicted, as often as a fifth of the time allows; the first one at once."""
+
+    def __init__(self, decode: Callable[[Tensor], list[Rgb]]) -> None:
+        self.decode = decode
+        self.due = 0.0
+
+    def __call__(self, z: Tensor) -> list[Rgb] | None:
+        """Pictures of latents (B, C, h, w); None where it is too early for the next ones."""
+        begin = time.monotonic()
+        if begin < self.due:
+            return None
+        pictures = self.decode(z)
+        end = time.monotonic()
+        self.due = end + PAUSE * (end - begin)
+        return pictures
 
 
 def split(seed: int, num: int, at_once: int) -> list[list[int]]:
@@ -133,42 +173,34 @@ def split(seed: int, num: int, at_once: int) -> list[list[int]]:
     return [list(seeds[i : i + at_once]) for i in range(0, num, at_once)]
 
 
-def shifted(report: StepReport, done: int, total: int) -> Callable[[int], None]:
-    """A report of one batch's steps, counted from the first step of the first batch."""
-    return lambda step: report(done + step, total)
+def shifted(watch: Watch, before: float, batches: int, progress: Progress) -> None:
+    """Tell of one batch's steps as of a part of all; `before` is the part that was done before it."""
+    total = progress.total * batches
+    watch(progress._replace(done=round(before * total) + progress.done, total=total))
 
 
 def safe_stem(name: str) -> str:
-    """The stem of a file's name as every file system takes it."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(name).stem)[:60].strip(".") or "image"
+    """The stem of a file's name, without what says that it is a map, as every file system takes it."""
+    stem = re.sub(r"(_gtFine)?_(labelIds|labelTrainIds|color)$", "", Path(name).stem)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", stem)[:60].strip(".") or "image"
 
 
-def load_session(
+def open_session(
     folder: Path,
     checkpoint: Path,
+    run: RecordedRun,
     *,
     base: Path | None = None,
     config: Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     size: Size | None = None,
+    starts: Starts | None = None,
 ) -> Session:
-    """Read a model; what is not given is as its training run had it.
+    """A session whose model is read in the background; what is not given is as its training run had it.
 
-    Raises
-        ValueError, OSError  one sentence
+    What is wrong with the files is said by `Session.model`: ValueError or OSError, one sentence.
     """
-    from cldm.model import load_model, load_model_config, model_config_of, place
-    from cldm.recorded_run import read_recorded_run
-
-    run = read_recorded_run(checkpoint)
-    if run.hint not in (None, "colours"):
-        raise ValueError(
-            f"{checkpoint}: expected a control of colour maps, which this page paints, found one that was"
-            f" trained with data.hint={run.hint}; sample it with generate.py"
-        )
-    model_config = load_model_config(config) if config else model_config_of(checkpoint, base)
-    model = place(load_model(model_config, checkpoint, base), device, precision)
     marks = {
         "checkpoint": checkpoint.name,
         "checkpoint_fingerprint": fingerprint(checkpoint),
@@ -176,4 +208,25 @@ def load_session(
         "config_fingerprint": config and fingerprint(config),
         "precision": precision,
     }
-    return Session(model, folder, size or run.size, run.sample, marks)
+
+    def read() -> ControlledModel:
+        from cldm.model import load_model, load_model_config, model_config_of, place
+
+        model_config = load_model_config(config) if config else model_config_of(checkpoint, base)
+        return place(load_model(model_config, checkpoint, base), device, precision)
+
+    return Session(in_background(read), folder, size or run.size, run.sample, marks, starts)
+
+
+def in_background(read: Callable[[], ControlledModel]) -> Future[ControlledModel]:
+    """What `read` returns or raises, once it has; in a thread that does not keep the process alive."""
+    found: Future[ControlledModel] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(read())
+        except BaseException as error:  # handed to whoever asks for the result
+            found.set_exception(error)
+
+    threading.Thread(target=work, name="reading the model", daemon=True).start()
+    return found

@@ -6,14 +6,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from datasets.label_space import Size
+
 FORMATS = ("PNG", "BMP", "TIFF", "WEBP", "JPEG")
 MAX_BYTES = 16 << 20
 MAX_PIXELS = 1 << 24  # 4096x4096; eight times a Cityscapes map
+MAX_IMAGE_PIXELS = 1 << 20  # of what is sampled
+STEP = 64  # pixels; sides of images are multiples
 KNOWN_STRANGERS = {b"GIF8": "a GIF", b"<svg": "SVG", b"<?xml": "SVG or other XML", b"%PDF": "a PDF"}
 
 
-def check_picture(path: Path) -> None:
-    """Refuse what is no single picture of moderate size; reads the header only.
+def check_picture(path: Path) -> Size:
+    """(H, W) of a picture; what is no single picture of moderate size is refused. Reads the header only.
 
     Raises
         ValueError  one sentence that begins with the path
@@ -26,7 +30,7 @@ def check_picture(path: Path) -> None:
     try:
         # A list of formats, because Pillow has decoders for a hundred more.
         with Image.open(path, formats=FORMATS) as image:
-            _check_header(image, path)
+            return _check_header(image, path)
     except Image.DecompressionBombError as error:
         raise ValueError(_too_large(path, "far more")) from error
     except (OSError, SyntaxError) as error:  # what Pillow raises for a foreign, a cut and a damaged file
@@ -35,12 +39,22 @@ def check_picture(path: Path) -> None:
         ) from error
 
 
-def _check_header(image: Image.Image, path: Path) -> None:
+def fitting_size(size: Size) -> Size:
+    """The size of an image for a picture of another: multiples of 64, at most MAX_IMAGE_PIXELS."""
+    shrink = min(1.0, (MAX_IMAGE_PIXELS / (size[0] * size[1])) ** 0.5)
+    height, width = (max(STEP, round(side * shrink / STEP) * STEP) for side in size)
+    while height * width > MAX_IMAGE_PIXELS:  # both were rounded up, or one is far longer than the other
+        height, width = (height - STEP, width) if height > width else (height, width - STEP)
+    return height, width
+
+
+def _check_header(image: Image.Image, path: Path) -> Size:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(_too_large(path, f"{height}x{width}"))
     if _has_more_frames(image):
         raise ValueError(f"{path}: expected a single picture, found an animation; save one frame as PNG")
+    return height, width
 
 
 def _has_more_frames(image: Image.Image) -> bool:

@@ -1,0 +1,1 @@
+from webui.label_editor import decode_labels, encode_labels  # noqa: F401
