@@ -16,7 +16,7 @@ SAME: dict[str, tuple[str, ...]] = {
     "fence": ("fence", "fence-merged", "railing"),
     "pole": ("pole", "streetlight", "column"),
     "traffic light": ("traffic light",),
-    "traffic sign": ("traffic sign", "stop sign", "signboard", "street sign"),
+    "traffic sign": ("traffic sign", "stop sign", "signboard"),
     "vegetation": ("vegetation", "tree", "plant", "palm", "bush", "tree-merged", "plant-other", "leaves"),
     "terrain": ("terrain", "grass", "earth", "field", "dirt", "mud", "sand", "grass-merged", "dirt-merged"),
     "sky": ("sky", "sky-other", "clouds", "sky-other-merged"),

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 import zlib
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,18 @@ from cldm.config import SampleConfig
 from cldm.generate import generate
 from cldm.recorded_run import read_recorded_run
 from cldm.tensor_writing import write_tensors
+from datasets.label_space import LabelSpace
 from datasets.streets import render_frame
-from webui.condition import EXAMPLES, Hint
+from webui.condition import EXAMPLES, Hint, Models
 from webui.examples import load_examples
 from webui.folder import KEEP_BYTES, KEEP_SECONDS, KEPT, private_folder, tidy
 from webui.gate import is_address, is_open, paths_in
 from webui.look import show_refusal
+from webui.orders import MAX_PROMPT, Order
 from webui.painter import Painter
-from webui.segmentation import SEGMENTATION, read_label_map
-from webui.session import MAX_PROMPT, Order, Session, load_session, safe_stem, split
-from webui.uploads import MAX_BYTES
+from webui.segmentation import segmentation
+from webui.session import Progress, Session, open_session, safe_stem, split
+from webui.uploads import MAX_BYTES, fitting_size
 
 # Of Cityscapes: label id, train id, colour of road, car, sky, and of what is void.
 CLASSES = [(7, 0, (128, 64, 128)), (26, 13, (0, 0, 142)), (23, 10, (70, 130, 180)), (4, 255, (0, 0, 0))]
@@ -45,12 +48,20 @@ SCENE = np.repeat(
 )  # (64, 128) rows of CLASSES
 LABEL_IDS, TRAIN_IDS, COLOURS = (np.array([row[i] for row in CLASSES], np.uint8)[SCENE] for i in range(3))
 FAST = SampleConfig(steps=2, scale=3.0)
-HINT = Hint("a scene_labelIds.png", COLOURS, {}, "0123")
+CITYSCAPES = segmentation(LabelSpace.load("cityscapes"))
+HINT = Hint("a scene_labelIds.png", COLOURS, "0123", "", TRAIN_IDS)
+
+
+def in_hand(model: ControlLDM) -> Future[Any]:
+    """A model that needs no reading any more."""
+    future: Future[Any] = Future()
+    future.set_result(model)
+    return future
 
 
 @pytest.fixture
 def session(model: ControlLDM, tmp_path: Path) -> Session:
-    return Session(model, tmp_path, marks={"checkpoint": "tiny"})
+    return Session(in_hand(model), tmp_path, marks={"checkpoint": "tiny"})
 
 
 # -- orders -----------------------------------------------------------------------------------------------
@@ -59,14 +70,14 @@ def session(model: ControlLDM, tmp_path: Path) -> Session:
 def test_images_are_those_of_a_direct_call(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webui.session, "PIXELS_AT_ONCE", 2 * 64 * 128)
     sample = replace(FAST, negative_prompt="fog", strength=1.5, sampler="dpm++2m")
-    told: list[tuple[int, int]] = []
-    results = session.run(HINT, Order("a lane", 3, 5, sample), lambda *steps: told.append(steps))
+    told: list[Progress] = []
+    results = session.run(HINT, Order("a lane", 3, 5, sample), told.append)
     tensor = torch.from_numpy(COLOURS.astype(np.float32) / np.float32(255)).permute(2, 0, 1)[None]
     batches = [generate(session.model, tensor, ["a lane"] * len(s), s, sample) for s in ([5, 6], [7])]
     expected = torch.cat(batches).numpy()
     assert expected.std() > 20, "a grey image would agree with anything"
     assert [result.seed for result in results] == [5, 6, 7]
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [progress[:2] for progress in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for result, image in zip(results, expected, strict=True):
         assert (np.asarray(Image.open(result.image)) == image).all()
         mixed = np.asarray(Image.open(result.mixed)).astype(float)
@@ -75,7 +86,7 @@ def test_images_are_those_of_a_direct_call(session: Session, monkeypatch: pytest
 
 def test_an_image_carries_what_made_it(session: Session) -> None:
     (result,) = session.run(HINT, Order("a lane", seed=9, sample=FAST))
-    assert result.image.name == "a_scene_labelIds_seed9.png"
+    assert result.image.name == "a_scene_seed9.png"
     found = json.loads(Image.open(result.image).text["scenecontrol"])
     expected = {"prompt": "a lane", "seed": 9, "steps": 2, "scale": 3.0, "strength": 1.0, "sampler": "ddim"}
     expected |= {"checkpoint": "tiny", "hint": HINT.name, "hint_fingerprint": "0123", "size": [64, 128]}
@@ -162,14 +173,15 @@ def test_a_session_takes_size_and_settings_from_the_run(
     some = {"x": torch.zeros(1)}
     write_tensors(tmp_path / "plain.safetensors", some, notes)
     write_tensors(tmp_path / "bad.safetensors", some, {"run_config": "sample: {steps: many}"})
-    recorded = load_session(tmp_path, tmp_path / "run.safetensors")
+    path = tmp_path / "run.safetensors"
+    recorded = open_session(tmp_path, path, read_recorded_run(path), device="cpu")
+    images = recorded.run(HINT, Order("a lane", seed=4, sample=FAST))
+    same = Session(in_hand(model), tmp_path).run(HINT, Order("a lane", seed=4, sample=FAST))
+    assert (np.asarray(Image.open(images[0].image)) == np.asarray(Image.open(same[0].image))).all()
     assert (recorded.size, recorded.sample) == ((64, 192), SampleConfig(scale=2.5, sampler="dpm++2m"))
     assert recorded.marks["checkpoint"] == "run.safetensors"
     plain = read_recorded_run(tmp_path / "plain.safetensors")
     assert plain == (None, None, SampleConfig(), None, None, None, {}, 0)
-    write_tensors(tmp_path / "other.safetensors", some, {"run_config": "data: {hint: label_colours}"})
-    with pytest.raises(ValueError, match=r"expected a control of colour maps.*data\.hint=label_colours"):
-        load_session(tmp_path, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"bad.safetensors: its run_config"):
         read_recorded_run(tmp_path / "bad.safetensors")
 
@@ -223,7 +235,7 @@ def write_upload(path: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "kind", "said"),
     [
-        ("photo", "auto", r"expected the colours of cityscapes, found 4800 pixels .*use the original PNG"),
+        ("photo", "auto", r"expected the colours of cityscapes, found 4800 pixels .*No other palette knows"),
         ("photo", "label_ids", r"lossless label map .*found JPEG"),
         ("bomb", "auto", r"at most 16 million pixels, found far more"),
         ("large", "auto", r"at most 16 million pixels, found 5000x5000"),
@@ -240,18 +252,42 @@ def write_upload(path: Path, what: str) -> Path:
         ("huge file", "auto", r"at most 16 MB"),
         ("ids 99", "label_ids", r"expected cityscapes label ids .*found 99 in 4096 pixels"),
         ("ids 33", "train_ids", r"expected cityscapes train ids 0..18, 255, found 33"),
-        ("ids 7", "auto", r"choose label ids or train ids beside the file"),
         ("ids 7", "colours", r"expected the colours"),
     ],
 )
 def test_what_is_no_map_is_refused_in_a_sentence(tmp_path: Path, what: str, kind: str, said: str) -> None:
     path = write_upload(tmp_path / "upload.png", what)
     with pytest.raises(ValueError, match=said) as caught:
-        read_label_map(path, kind, (64, 128))
+        CITYSCAPES.read(path, kind, (64, 128))
     message = str(caught.value)
     assert message.startswith("upload.png: ")
     assert str(tmp_path) not in message, "where the server keeps its files is nobody's business"
     assert "\n" not in message
+
+
+def test_ids_without_a_telling_name_are_told_apart_by_those_that_one_kind_has(tmp_path: Path) -> None:
+    for pixels, found in ((LABEL_IDS, "label ids"), (TRAIN_IDS, "train ids")):
+        Image.fromarray(pixels).save(tmp_path / "x.png")
+        hint = CITYSCAPES.read(tmp_path / "x.png", "auto", None)
+        assert hint.found == f"{found} of cityscapes"
+        assert hint.labels is not None
+        assert (hint.labels == TRAIN_IDS).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "fitting"),
+    [((100, 200), (128, 192)), ((64, 64), (64, 64)), ((1024, 2048), (704, 1472)), ((1, 10**6), (64, 16384))],
+)
+def test_a_map_without_a_size_is_brought_near_its_own(
+    tmp_path: Path, size: tuple[int, int], fitting: tuple[int, int]
+) -> None:
+    assert fitting_size(size) == fitting
+    assert fitting[0] * fitting[1] <= 1 << 20
+    if size == (100, 200):
+        Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "x.png")
+        hint = CITYSCAPES.read(tmp_path / "x.png", "train_ids", None)
+        assert hint.colours.shape[:2] == fitting
+        assert hint.found == "train ids of cityscapes, resized from 100x200"
 
 
 @pytest.mark.parametrize(
@@ -269,15 +305,14 @@ def test_maps_of_every_kind_become_the_same_hint(
     tmp_path: Path, name: str, pixels: np.ndarray, kind: str
 ) -> None:
     Image.fromarray(pixels).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    hint = read_label_map(tmp_path / name, kind, None)
+    hint = CITYSCAPES.read(tmp_path / name, kind, None)
     assert (hint.colours == COLOURS).all()
+    assert hint.labels is not None
+    assert (hint.labels == TRAIN_IDS).all()
     assert hint.name == name
-    assert list(hint.legend.items()) == [
-        ("sky", (70, 130, 180)),
-        ("road", (128, 64, 128)),
-        ("car", (0, 0, 142)),
-    ]
-    half = read_label_map(tmp_path / name, kind, (64, 64))
+    word = "colours" if pixels.ndim == 3 else "train ids" if pixels is TRAIN_IDS else "label ids"
+    assert hint.found == f"{word} of cityscapes"
+    half = CITYSCAPES.read(tmp_path / name, kind, (64, 64))
     assert (half.colours == COLOURS[:, 1::2]).all(), "the nearest pixel, no new colour"
 
 
@@ -286,7 +321,7 @@ def test_maps_of_every_kind_become_the_same_hint(
 
 def test_a_fresh_clone_has_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = load_examples(SEGMENTATION, None, tmp_path / "work", (64, 128))
+    examples = load_examples(CITYSCAPES, None, tmp_path / "work", (64, 128))
     assert len(examples) == EXAMPLES
     assert ["night" in example.prompt for example in examples].count(True) == 1
     frame = render_frame(1_000_000, (64, 128), condition="clear")
@@ -305,7 +340,7 @@ def test_a_rendered_data_set_gives_the_examples(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "data/streets/leftImg8bit").mkdir()
     (tmp_path / "data/streets/captions.json").write_text('{"x_1": "a road"}')
     Image.fromarray(LABEL_IDS).save(maps / "x_1_gtFine_labelIds.png")
-    (example,) = load_examples(SEGMENTATION, None, tmp_path / "work", None)
+    (example,) = load_examples(CITYSCAPES, None, tmp_path / "work", None)
     assert (example.hint.name, example.prompt) == ("x_1_gtFine_labelIds.png", "a road")
     assert (example.hint.colours == COLOURS).all()
     assert not (tmp_path / "work").exists()
@@ -314,16 +349,16 @@ def test_a_rendered_data_set_gives_the_examples(tmp_path: Path, monkeypatch: pyt
 def test_examples_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
     for i in range(20):
         Image.fromarray(np.roll(COLOURS, i, axis=1)).save(tmp_path / f"{i:02d}.png")
-    names = [x.hint.name for x in load_examples(SEGMENTATION, tmp_path, tmp_path, None)]
+    names = [x.hint.name for x in load_examples(CITYSCAPES, tmp_path, tmp_path, None)]
     assert names == ["00.png", "03.png", "06.png", "10.png", "13.png", "16.png"]
     (tmp_path / "few").mkdir()
     Image.fromarray(COLOURS).save(tmp_path / "few/a.png")
-    assert len(load_examples(SEGMENTATION, tmp_path / "few", tmp_path, None)) == 1
+    assert len(load_examples(CITYSCAPES, tmp_path / "few", tmp_path, None)) == 1
 
 
 def test_a_prompt_of_the_visitor_is_kept(session: Session, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    painter = Painter(SEGMENTATION, session, load_examples(SEGMENTATION, None, tmp_path / "w", (64, 128)))
+    painter = Painter(CITYSCAPES, session, load_examples(CITYSCAPES, None, tmp_path / "w", (64, 128)))
     first, second = painter.examples[:2]
     assert painter.prompt_for(second.hint.name, first.prompt) == second.prompt
     assert painter.prompt_for(second.hint.name, " ") == second.prompt
@@ -438,8 +473,7 @@ def test_a_sentence_cannot_become_markup() -> None:
 def test_wrong_flags_are_refused_in_a_sentence(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = replace(SEGMENTATION, weights=("models/gone.safetensors", "models/README.md"))
-    monkeypatch.setattr(script, "SEGMENTATION", without)
+    monkeypatch.setattr(script, "STREETS", Models("models/gone.safetensors", "models/README.md"))
     with pytest.raises(SystemExit) as exit_info:
         script.main(words)
     assert exit_info.value.code == 2
