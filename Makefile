@@ -17,7 +17,7 @@ help:
 	@echo "make test     install, lint, then the default test suite (CPU, no weights, no network)"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff rewrite what it can"
-	@echo "make bench    the scripts in benchmarks/ but the longest four, one JSON line each"
+	@echo "make bench    the scripts in benchmarks/ but the longest four and the browser, one JSON line each"
 	@echo "make soak     the long tests: whole trainings and full sample counts"
 	@echo "make clean    remove $(VENV) and the tools' caches"
 
@@ -92,7 +92,7 @@ format: install
 	$(PY) -m ruff format .
 
 bench: install
-	@set -e; for script in $(sort $(filter-out %/common.py %/peers.py %/full_size.py %/fast_quality.py %/prior_loss.py %/prior_table.py,$(wildcard benchmarks/*.py))); do echo "== $$script" >&2; PYTHONPATH=. $(PY) $$script; done
+	@set -e; for script in $(sort $(filter-out %/common.py %/peers.py %/full_size.py %/fast_quality.py %/prior_loss.py %/prior_table.py %/web_page.py,$(wildcard benchmarks/*.py))); do echo "== $$script" >&2; PYTHONPATH=. $(PY) $$script; done
 
 soak: install
 	$(PY) -m pytest -m "slow or soak"

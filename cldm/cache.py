@@ -165,9 +165,7 @@ def missing_shards(folder: Path, total: int, in_shard: int, identity: Identity) 
 
 
 @torch.no_grad()
-def encoded(
-    batch: Mapping[str, Any], model: LatentModel, dtype: str, batch_size: int
-) -> dict[str, Tensor]:
+def encoded(batch: Mapping[str, Any], model: LatentModel, dtype: str, batch_size: int) -> dict[str, Tensor]:
     """A batch of rows with moments (B, 2C, h, w) instead of photos.
 
     What a network makes of an image depends on the number of images beside it, in the last bits; so a smaller

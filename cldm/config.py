@@ -261,7 +261,9 @@ def check_frozen_precision(config: DictConfig) -> None:
 def check_sample(sample: SampleConfig | DictConfig) -> None:
     """Refuse sampling settings that no sampler takes."""
     if sample.sampler not in SAMPLER_NAMES:
-        raise ValueError(f"unknown sampler {sample.sampler!r}; choose one of {', '.join(SAMPLER_NAMES)}")
+        raise ValueError(
+            f"unknown sampler {str(sample.sampler)[:50]!r}; choose one of {', '.join(SAMPLER_NAMES)}"
+        )
     if not 1 <= sample.steps <= MAX_STEPS:
         raise ValueError(f"expected 1 to {MAX_STEPS} sampling steps, found {sample.steps}")
     for name in ("scale", "strength"):

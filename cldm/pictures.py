@@ -64,10 +64,10 @@ def is_whole(path: Path) -> bool:
 def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings in a PNG of `write_png`; None for another or a damaged file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.load()
             return json.loads(image.info[SETTINGS_KEY])
-    except (OSError, KeyError, AttributeError, ValueError):
+    except (OSError, KeyError, AttributeError, ValueError, SyntaxError, RecursionError):
         return None
 
 

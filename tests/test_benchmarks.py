@@ -14,7 +14,7 @@ from house import ROOT, run_script
 
 SCRIPTS = (
     *("train_step.py", "fast_quality.py", "sample_step.py", "start_up.py"),
-    *("prior_pass.py", "prior_loss.py", "prior_table.py", "convert.py"),
+    *("prior_pass.py", "prior_loss.py", "prior_table.py", "convert.py", "web_page.py"),
 )
 SMALL = ("--size", "64", "64")
 
@@ -56,6 +56,8 @@ def test_help_is_the_docstring(script: str) -> None:
         ("prior_table.py", ("--prior", "nowhere.safetensors", "--out", "x"), "--prior"),
         ("start_up.py", ("--ckpt", "models/cldm_v15.yaml"), "--diffusers"),
         ("convert.py", ("--ckpt", "nowhere.safetensors"), "--ckpt"),
+        ("convert.py", ("--make", "nowhere.yaml"), "--make"),
+        ("web_page.py", ("--num", "0"), "--num"),
     ],
 )
 def test_wrong_arguments_are_refused_and_named(script: str, arguments: tuple[str, ...], names: str) -> None:

@@ -33,7 +33,8 @@ FLAGS = {
         *("--attn_backend", "--overwrite"),
     },
     "gradio_seg2image.py": {
-        *("--ckpt", "--base", "--config", "--size", "--examples", "--device", "--precision"),
+        *("--ckpt", "--base", "--config", "--condition", "--palette", "--prior", "--segmenter", "--size"),
+        *("--examples", "--device", "--precision"),
         *("--port", "--auth", "--listen", "--share"),
     },
     "noise_prior.py": {

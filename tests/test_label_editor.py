@@ -1,36 +1,23 @@
-"""The label-map editor: its wire format against hostile hands, and each tool in a browser against numpy."""
+"""The label-map editor: each of its tools in a browser, against the same tool in numpy."""
 
 from __future__ import annotations
 
-import base64
 import queue
 import shutil
-import time
-import tracemalloc
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from datasets.label_space import LabelSpace, resize_labels
+from datasets.label_space import LabelSpace
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed; pip install -r requirements.txt")
 gradio_client = pytest.importorskip("gradio_client")
 
-from webui.label_editor import (  # noqa: E402 - after the skip
-    HERE,
-    MAX_PIXELS,
-    MAX_TEXT,
-    LabelEditor,
-    decode_labels,
-    encode_labels,
-    read_asset,
-)
+from webui.label_editor import HERE, LabelEditor, read_asset  # noqa: E402 - after the skip
 
-SPACE = LabelSpace.load("cityscapes")
+SPACE, MANY = LabelSpace.load("cityscapes"), LabelSpace.load("ade20k")
 H, W = 64, 128
 CAR, SKY, VOID = 13, 10, 255
 Point = tuple[float, float]  # x, y in pixels of the map
@@ -43,132 +30,16 @@ def random_map(seed: int, block: int = 8) -> np.ndarray:
     return np.kron(ids, np.ones((block, block), np.uint8))
 
 
-# -- the wire format --------------------------------------------------------------------------------------
-
-
-def slow_runs(ids: Sequence[int]) -> bytes:
-    """The wire format as its docstring says it, a pixel at a time."""
-    out: list[list[int]] = []
-    for k in ids:
-        if out and out[-1][1] == k and out[-1][0] < 255:
-            out[-1][0] += 1
-        else:
-            out.append([0, k])
-    return bytes(byte for pair in out for byte in pair)
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        np.array([[3]], np.uint8),
-        np.array([[VOID]], np.uint8),
-        np.full((1, 256), 4, np.uint8),
-        np.full((257, 1), 4, np.uint8),
-        np.full((64, 64), 7, np.uint8),
-        np.append(np.arange(19), VOID).astype(np.uint8)[None],
-        random_map(0, 1),
-        random_map(1, 4)[:, ::-1],
-    ],
-    ids=lambda labels: "x".join(map(str, labels.shape)),
-)
-def test_a_map_travels_as_its_runs(labels: np.ndarray) -> None:
-    payload = encode_labels(labels)
-    assert (payload["height"], payload["width"]) == labels.shape
-    assert base64.b64decode(payload["runs"]) == slow_runs(labels.ravel().tolist())
-    back = decode_labels(payload, SPACE)
-    assert back.dtype == np.uint8
-    assert (back == labels).all()
-
-
-def test_real_maps_fit_a_message(real_data: Path) -> None:
-    files = sorted((real_data / "cityscapes" / "gtFine").rglob("*_labelIds.png"))
-    assert files
-    for path in files:
-        ids = SPACE.to_train_ids(np.asarray(Image.open(path)), path.name)
-        for labels in (resize_labels(ids, (512, 1024)), ids):
-            payload = encode_labels(labels)
-            assert (decode_labels(payload, SPACE) == labels).all()
-            assert len(payload["runs"]) < (40 << 10 if labels.size <= 1 << 19 else 80 << 10)
-
-
-def test_noise_that_no_message_could_bring_back_is_refused() -> None:
-    noise = np.random.default_rng(0).integers(0, 19, (512, 1024)).astype(np.uint8)
-    with pytest.raises(ValueError, match=rf"at most {MAX_TEXT * 3 // 8} runs .* found \d+; .*smaller"):
-        encode_labels(noise)
-
-
-GOOD = {"height": 2, "width": 3, "runs": base64.b64encode(bytes([5, 1])).decode()}
-LONG = base64.b64encode(bytes([255, 1]) * 3000).decode()
-
-
-def runs(*numbers: int) -> dict[str, str]:
-    return {"runs": base64.b64encode(bytes(numbers)).decode()}
-
-
-@pytest.mark.parametrize(
-    ("payload", "said"),
-    [
-        (None, "an object with height, width and runs, found a value of type NoneType"),
-        ([1, 2], "found a value of type list"),
-        ("<b>", "found a value of type str"),
-        ({}, "an object with height, width and runs, found one without"),
-        ({"height": 2, "width": 3}, "found one without"),
-        ({**GOOD, "height": True}, "as height, found a value of type bool"),
-        ({**GOOD, "height": 2.0}, "as height, found a value of type float"),
-        ({**GOOD, "width": float("nan")}, "as width, found a value of type float"),
-        ({**GOOD, "width": "3"}, "as width, found a value of type str"),
-        ({**GOOD, "width": None}, "as width, found a value of type NoneType"),
-        ({**GOOD, "width": 0}, "as width, found one below 1"),
-        ({**GOOD, "width": -(10**5000)}, "as width, found one below 1"),
-        ({**GOOD, "height": 10**5000}, "as height, found a larger one"),
-        ({**GOOD, "height": MAX_PIXELS, "width": MAX_PIXELS}, f"at most {MAX_PIXELS} pixels, found"),
-        ({**GOOD, "height": 3}, "runs of 3x3 pixels together, found 6 pixels"),
-        ({**GOOD, "runs": 5}, "text for at most 6 runs, found a value of type int"),
-        ({**GOOD, "runs": LONG}, "text for at most 6 runs, found 8000 characters"),
-        ({**GOOD, "runs": ""}, "runs of 2x3 pixels together, found 0 pixels"),
-        ({**GOOD, "runs": "BQ=="}, "pairs of bytes as runs, found 1 bytes"),
-        ({**GOOD, "runs": "BQ"}, "base64 as runs, found other text"),
-        ({**GOOD, "runs": "B Q E="}, "base64 as runs, found other text"),
-        ({**GOOD, "runs": "B\u00e9E="}, "base64 as runs, found other text"),
-        ({**GOOD, **runs(255, 1)}, "found 256 pixels"),
-        ({**GOOD, **runs(255, 1, 255, 1)}, "found 512 pixels"),
-        ({**GOOD, **runs(4, 1, 0, 19)}, "ids from 0 to 18 or 255, found 19"),
-        ({**GOOD, **runs(4, 254, 0, 1)}, "ids from 0 to 18 or 255, found 254"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_hostile_payload_is_refused_in_a_sentence(payload: Any, said: str) -> None:
-    tracemalloc.start()
-    begun = time.perf_counter()
-    with pytest.raises(ValueError, match="^the label map: expected ") as caught:
-        decode_labels(payload, SPACE)
-    took, peak = time.perf_counter() - begun, tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert said in str(caught.value)
-    assert str(caught.value).endswith("reload the page and try again.")
-    assert len(str(caught.value)) < 200
-    assert took < 0.5
-    assert peak < 1 << 20
-
-
-def test_the_bound_on_pixels_is_the_callers() -> None:
-    assert decode_labels(GOOD, SPACE, 6).tolist() == [[1, 1, 1], [1, 1, 1]]
-    assert decode_labels({**GOOD, "photo": "x", "more": [1]}, SPACE).shape == (2, 3)
-    with pytest.raises(ValueError, match="at most 5 pixels, found 2x3"):
-        decode_labels(GOOD, SPACE, 5)
-
-
 def test_the_component_shows_what_it_refuses_and_writes_no_file() -> None:
     editor = LabelEditor(SPACE, random_map(0), max_pixels=8, render=False)
     with pytest.raises(gr.Error, match="at most 8 pixels") as caught:
-        editor.preprocess({**GOOD, "height": 8, "width": 8})
+        editor.preprocess({"height": 8, "width": 8, "runs": ""})
     assert caught.value.print_exception is False
     for wrong in (np.full((2, 2), 40, np.uint8), np.zeros((2, 2, 3), np.uint8)):
-        with pytest.raises(ValueError, match="^the label map: expected"):
+        with pytest.raises(ValueError, match=r"^the label map: expected"):
             editor.postprocess(wrong)
-    with pytest.raises(ValueError, match="^the photo: expected uint8"):
+    with pytest.raises(ValueError, match=r"^the photo: expected uint8"):
         editor.postprocess((random_map(0), np.zeros((H, W, 3))))
-    assert [row["name"] for row in editor.props["palette"]] == [*SPACE.names, "void"]
     assert not list(HERE.glob("*.pyi")), "Gradio's metaclass writes a stub beside a component"
 
 
@@ -182,7 +53,7 @@ def test_the_templates_hold_nothing_that_the_browser_would_compile() -> None:
 
 def stroke(ids: np.ndarray, points: Sequence[Point], size: int, k: int) -> np.ndarray:
     """Every pixel whose middle is within size / 2 of the line through the points, as the brush sits."""
-    sit = (lambda v: np.floor(v) + 0.5) if size % 2 else (lambda v: np.round(v))
+    sit = (lambda v: np.floor(v) + 0.5) if size % 2 else (lambda v: np.floor(v + 0.5))
     path = [np.array([sit(x), sit(y)], float) for x, y in points]
     middles = np.stack(np.meshgrid(np.arange(ids.shape[1]), np.arange(ids.shape[0])), -1) + 0.5
     out = ids.copy()
@@ -226,12 +97,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(analytics_enabled=False) as page:
         editor = LabelEditor(SPACE, random_map(9), elem_id="map")
+        LabelEditor(MANY, np.zeros((2, 4), np.uint8), elem_id="many")
         load, ask = gr.Button("load", elem_id="load"), gr.Button("ask", elem_id="ask")
         size = gr.Textbox(visible=False)
         load.click(send.pop, None, editor, **quiet).then(asked.put, editor, None, **quiet)
         ask.click(asked.put, editor, None, **quiet)
         editor.input(heard.put, editor, None, trigger_mode="always_last", **quiet)
         ask.click(lambda ids: str(ids.shape), editor, size, api_name="size")
+        for name, visible in (("hide", False), ("show", True)):
+            button = gr.Button(name, elem_id=name)
+            button.click(lambda visible=visible: gr.update(visible=visible), None, editor, **quiet)
     with serving(page, tmp_path_factory.mktemp("page")) as url:
         yield Bench(url.rstrip("/"), send, asked, heard)
 
@@ -288,6 +163,7 @@ class Hand:
             self.tab.fill("#map [data-part=size]", str(size))
 
     def at(self, point: Point) -> Point:
+        self.stage.scroll_into_view_if_needed()
         box = self.tab.locator("#map canvas").bounding_box()
         return box["x"] + point[0] * box["width"] / W, box["y"] + point[1] * box["height"] / H
 
@@ -325,7 +201,7 @@ def test_a_map_comes_back_untouched_and_a_new_one_replaces_it(hand: Hand) -> Non
     assert (hand.ids() == everything).all()
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 12])
+@pytest.mark.parametrize("size", [1, 2, 7])
 def test_a_stroke_is_every_pixel_near_its_line(hand: Hand, size: int) -> None:
     strokes = {
         SKY: [(40.2, 20.2)],
@@ -341,7 +217,7 @@ def test_a_stroke_is_every_pixel_near_its_line(hand: Hand, size: int) -> None:
         hand.choose(k=k)
         hand.draw(*points)
         expected = stroke(expected, points, size, k)
-        assert (hand.ids() == expected).all(), points
+    assert (hand.ids() == expected).all()
 
 
 def test_the_areal_tools_do_as_numpy_does(hand: Hand) -> None:
@@ -405,7 +281,8 @@ def test_edits_are_undone_and_redone_and_each_is_told_once(hand: Hand) -> None:
     hand.choose(k=0)
     hand.draw((20.2, 20.2), (60.2, 20.2))  # road on road: no edit
     hand.choose(k=CAR)
-    for points in ([(20.2, 20.2), (60.2, 40.2)], [(100.2, 10.2)], [(0.2, 63.2), (127.2, 0.2)]):
+    around = [(64.2, 32.2), (90.2, 50.2), (110.2, 10.2), (30.2, 12.2), (60.2, 30.2), (62.2, 31.2)]
+    for points in (around, [(100.2, 58.2)], [(0.2, 63.2), (127.2, 0.2)]):
         hand.draw(*points)
         states.append(stroke(states[-1], points, 5, CAR))
         assert (heard() == states[-1]).all()
@@ -444,17 +321,24 @@ def test_the_keyboard_alone_paints(hand: Hand) -> None:
     assert (hand.ids() == stroke(expected, [(0.5, 33.5)], 6, CAR)).all()
 
 
-def test_a_hundred_steps_back(hand: Hand) -> None:
-    hand.stage.focus()
-    for _ in range(60):
-        hand.keys("ArrowRight", " ")
-    hand.choose("rectangle")
-    for x in range(60):
-        hand.draw((x + 0.5, 0.5), (x + 0.5, 63.5))
-    assert (hand.ids()[:, :60] == CAR).all()
-    hand.stage.focus()
-    hand.keys(*["Control+z"] * 120)
+@pytest.mark.slow
+def test_a_hundred_steps_back_and_forth(hand: Hand) -> None:
+    hand.choose(size=1)
+    press = """async (stage, keys) => {
+        for (const [key, ctrlKey] of keys) {
+            stage.dispatchEvent(new KeyboardEvent("keydown", {key, ctrlKey, bubbles: true}));
+            await new Promise(done => setTimeout(done));  // not faster than a hand that holds a key
+        }
+    }"""
+    moves = [*["ArrowRight"] * 60, "ArrowDown", *["ArrowLeft"] * 40]  # from the middle, (64, 32)
+    hand.stage.evaluate(press, [(key, False) for move in moves for key in (move, " ")])
+    expected = np.zeros((H, W), np.uint8)
+    expected[32, 65:125] = expected[33, 84:125] = CAR
+    assert (hand.ids() == expected).all()
+    hand.stage.evaluate(press, [("z", True)] * 101)
     assert (hand.ids() == 0).all()
+    hand.stage.evaluate(press, [("y", True)] * 101)
+    assert (hand.ids() == expected).all()
 
 
 def test_a_photo_lies_under_the_map_and_stays_in_the_browser(hand: Hand) -> None:
@@ -492,6 +376,27 @@ def test_the_canvas_shows_the_colours_of_the_ids(hand: Hand) -> None:
     assert (shown[..., 3] == 255).all()
 
 
+def test_every_class_has_its_button_and_is_painted_with_after_the_editor_was_hidden(hand: Hand) -> None:
+    buttons = hand.tab.locator("#map [data-part=palette] button span")
+    assert buttons.all_inner_texts() == [*SPACE.names, "void"]
+    start = hand.load(random_map(7))
+    for button, count in (("#hide", 0), ("#show", 1)):
+        hand.tab.click(button)
+        hand.tab.wait_for_function(f"document.querySelectorAll('#map canvas').length === {count}")
+    assert buttons.count() == 20
+    hand.choose(k=VOID, size=4)
+    hand.draw((30.2, 30.2), (70.2, 30.2))
+    assert (hand.ids() == stroke(start, [(30.2, 30.2), (70.2, 30.2)], 4, VOID)).all()
+
+
+def test_many_classes_are_found_by_name_and_what_is_typed_is_no_shortcut(hand: Hand) -> None:
+    assert not hand.tab.locator("#map [data-part=filter]").is_visible()
+    hand.tab.locator("#many [data-part=filter]").press_sequentially("Tree")
+    found = hand.tab.locator("#many [data-part=palette] button:visible span").all_inner_texts()
+    assert found == [name for name in MANY.names if "tree" in name]
+    assert hand.tab.get_attribute("#many button[data-tool=brush]", "aria-pressed") == "true"
+
+
 def test_a_finger_paints_and_a_second_one_does_not(bench: Bench, browser: Any) -> None:
     context = browser.new_context(viewport={"width": 400, "height": 800}, has_touch=True)
     hand = Hand(bench, context)
@@ -510,14 +415,19 @@ def test_a_finger_paints_and_a_second_one_does_not(bench: Bench, browser: Any) -
     touch("touchStart", (40.5, 30.5))
     touch("touchStart", (40.5, 30.5), (100.5, 50.5))
     touch("touchMove", (80.5, 40.5), (110.5, 10.5))
+    # A second finger that leaves first, which Chromium's own test input cannot do.
+    hand.stage.evaluate("stage => stage.dispatchEvent(new PointerEvent('pointerup', {pointerId: 999}))")
+    touch("touchMove", (60.5, 55.5))
     touch("touchEnd")
-    assert (hand.ids() == stroke(expected, [(40.5, 30.5), (80.5, 40.5)], 5, CAR)).all()
+    expected = stroke(expected, [(40.5, 30.5), (80.5, 40.5), (60.5, 55.5)], 5, CAR)
+    assert (hand.ids() == expected).all()
     assert hand.complaints == []
 
 
 def test_a_bad_map_from_the_api_is_answered_with_the_sentence(bench: Bench) -> None:
     client = gradio_client.Client(bench.url, verbose=False)
-    assert client.predict(GOOD, api_name="/size") == "(2, 3)"
-    with pytest.raises(gradio_client.exceptions.AppError, match="^the label map: .* found 256 pixels; rel"):
-        client.predict({**GOOD, **runs(255, 1)}, api_name="/size")
-    assert client.predict(GOOD, api_name="/size") == "(2, 3)"
+    good = {"height": 2, "width": 3, "runs": "BQE="}  # six pixels of class 1
+    assert client.predict(good, api_name="/size") == "(2, 3)"
+    with pytest.raises(gradio_client.exceptions.AppError, match=r"^the label map: .* found 256 pixels; rel"):
+        client.predict({**good, "runs": "/wE="}, api_name="/size")
+    assert client.predict(good, api_name="/size") == "(2, 3)"

@@ -21,10 +21,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 API = "/gradio_api/"
 # First word of an address below API; all others (proxy, deep_link, stream, component_server, ...) are closed.
 OPEN_API = {
-    *("app_id", "call", "cancel", "file", "heartbeat", "info", "login_check", "queue", "reset"),
+    *("app_id", "cancel", "file", "heartbeat", "info", "login_check", "queue", "reset"),
     *("startup-events", "theme.css", "upload", "upload_progress", "user"),
 }
-CLOSED = ("/monitoring", "/svelte", "/pwa_icon")
+OFFERED = re.compile(r"call/(v2/)?generate(/\w+)?/?")  # what may be called by its name
+CLOSED = ("/monitoring", "/svelte", "/pwa_icon", "/openapi.json")
 SAFE_METHODS = ("GET", "HEAD")  # have no body
 MAX_MESSAGE = 1 << 18  # bytes of a request that is no upload
 HEADERS = {
@@ -82,6 +83,10 @@ class Gate:
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             return 403, f"expected a call to {' or '.join(self.hosts)}, found {host[:100]!r}"
+        # A page from elsewhere may send a form here without asking first, though it reads no answer.
+        origin = headers.get("origin", "").partition("//")[2]
+        if self.hosts is not None and "origin" in headers and origin != headers["host"]:
+            return 403, f"expected a call from this page, found one from {headers['origin'][:100]!r}"
         if not is_open(scope["path"]):
             return 404, "there is nothing here"
         if scope["method"] in SAFE_METHODS:
@@ -102,6 +107,8 @@ def is_open(path: str) -> bool:
     word, equals, rest = path.removeprefix(API).partition("=")
     if equals:
         return word == "file" and not is_address(rest)
+    if word.startswith("call/"):
+        return OFFERED.fullmatch(word) is not None
     return word.partition("/")[0] in OPEN_API
 
 

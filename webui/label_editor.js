@@ -1,17 +1,18 @@
 // The editor: pointers and keys become edits, and each finished edit is sent.
-// `element`, `props`, `trigger` and `watch` are what gr.HTML hands to a component's script.
+// `element`, `props`, `trigger` and `watch` are what gr.HTML hands to a component's script; `palette` is from
+// label_editor.py.
 
 const TOOL_KEYS = { b: "brush", r: "rectangle", f: "fill", c: "replace", i: "pick" };
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MOST_BRUSH = 128;
 
 class LabelEditor {
-  constructor(view, palette, send) {
+  constructor(view, first, send) {
     this.view = view;
     this.send = send;
     this.tool = "brush";
     this.painting = "brush"; // the tool to return to after a pick
-    this.current = palette[0].id;
+    this.current = first;
     this.size = 0; // not chosen yet
     this.gesture = null; // what began and is not finished: a stroke, or a rectangle
     this.hover = null; // the point under the pointer
@@ -240,6 +241,10 @@ function listenToPointer(stage, canvas, editor) {
 function listenToKeys(root, stage, editor) {
   const act = (event) => {
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    if ((key === "[" || key === "]") && !event.metaKey) {
+      editor.stepSize(key === "]" ? 1 : -1); // many keyboards type these with Alt or AltGr
+      return true;
+    }
     if ((event.ctrlKey || event.metaKey) && !event.altKey) {
       if (key !== "z" && key !== "y") return false;
       editor.travel(key === "z" && !event.shiftKey ? "undo" : "redo");
@@ -247,12 +252,11 @@ function listenToKeys(root, stage, editor) {
     }
     if (event.altKey || event.ctrlKey || event.metaKey) return false;
     if (key in TOOL_KEYS) editor.setTool(TOOL_KEYS[key]);
-    else if (key === "[" || key === "]") editor.stepSize(key === "]" ? 1 : -1);
     else if (key === "Escape" && editor.gesture) editor.cancel();
     else if (event.target !== stage) return false;
     else if (key in ARROWS) editor.moveCursor(ARROWS[key], event.shiftKey ? 10 : 1);
-    else if ((key === " " || key === "Enter") && !event.repeat) editor.useCursor();
-    else return false;
+    else if (key !== " " && key !== "Enter") return false;
+    else if (!event.repeat) editor.useCursor();
     return true;
   };
   stage.addEventListener("focus", () => stage.matches(":focus-visible") && editor.moveCursor([0, 0], 0));
@@ -276,15 +280,15 @@ function listenToControls(root, view, editor) {
   view.part("filter").addEventListener("input", (event) => view.filterClasses(event.target.value));
 }
 
-// Python's value has a photo, perhaps an empty one; the editor's own has none, and needs no loading.
+// What Python sends has a photo, perhaps an empty one; what the editor sends has none.
 function listenToPython(view, editor) {
   const receive = () => {
-    const value = props.value;
-    if (!value || value.photo === undefined) return;
-    const { height, width, runs, photo } = value;
+    if (!props.value?.runs) return;
+    const { height, width, runs, photo } = props.value;
     const map = editor.map;
     const same = map?.height === height && map.width === width && encodeRuns(map.ids) === runs;
     if (!same) editor.load(new LabelMap(height, width, decodeRuns(runs, height * width)));
+    if (photo === undefined) return;
     view.showPhoto(photo);
     props.value = { height, width, runs }; // the photo need not travel back with each event
   };
@@ -292,8 +296,8 @@ function listenToPython(view, editor) {
   receive();
 }
 
-const view = new LabelView(element, props.palette);
-const editor = new LabelEditor(view, props.palette, ({ height, width, ids }) => {
+const view = new LabelView(element, palette);
+const editor = new LabelEditor(view, palette[0].id, ({ height, width, ids }) => {
   props.value = { height, width, runs: encodeRuns(ids) };
   trigger("input");
 });

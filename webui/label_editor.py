@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from abc import ABCMeta
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,8 @@ LONGEST = 256  # pixels of a run
 JPEG_QUALITY = 85
 
 HERE = Path(__file__).parent
-SCRIPTS = (
-    "label_map.js",
-    "label_history.js",
-    "label_view.js",
-    "label_editor.js",
-)  # each uses those before it
+# Each uses those before it.
+SCRIPTS = ("label_map.js", "label_history.js", "label_view.js", "label_editor.js")
 RELOAD = "reload the page and try again."
 
 Payload = dict[str, Any]
@@ -70,20 +67,19 @@ class LabelEditor(gr.HTML, metaclass=_WithoutStub):
             labels,
             html_template=read_asset("label_editor.html"),
             css_template=read_asset("label_editor.css"),
-            js_on_load="\n".join(map(read_asset, SCRIPTS)),
+            js_on_load=write_script(space),
             apply_default_css=False,
-            palette=list_palette(space),
             **kwargs,
         )
 
-    def preprocess(self, payload: Any) -> Ids:
+    def preprocess(self, payload: Any) -> Ids:  # type: ignore[override]  # gr.HTML's own is text
         """The map that the browser sent; gr.Error, which the page shows as it is, if it is none."""
         try:
             return decode_labels(payload, self._space, self._max_pixels)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def postprocess(self, value: Any) -> Payload:
+    def postprocess(self, value: Any) -> Payload:  # type: ignore[override]  # as above
         """What the browser is sent for a map, or for a pair of a map and a photo."""
         labels, photo = value if isinstance(value, tuple) else (value, None)
         payload = encode_labels(self._space.check_train_ids(labels, "the label map"))
@@ -115,6 +111,16 @@ class LabelEditor(gr.HTML, metaclass=_WithoutStub):
 def read_asset(name: str) -> str:
     """A file of the component's front end."""
     return (HERE / name).read_text(encoding="utf-8")
+
+
+def write_script(space: LabelSpace) -> str:
+    """What the browser runs: the palette, then the files.
+
+    The palette is no prop of gr.HTML, because Gradio 6 drops those at the first gr.update; and it is JSON in
+    a string, because gr.HTML takes every quoted word of its script for the name of an event.
+    """
+    palette = json.dumps(json.dumps(list_palette(space)))
+    return "\n".join(['"use strict";', f"const palette = JSON.parse({palette});", *map(read_asset, SCRIPTS)])
 
 
 def list_palette(space: LabelSpace) -> list[dict[str, Any]]:

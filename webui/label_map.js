@@ -1,5 +1,3 @@
-"use strict";
-
 // A map of ids, what the tools do to it, and how it travels.
 // A box is half open: left <= x < right, top <= y < bottom.
 

@@ -19,6 +19,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "start": (1, 999),
 }
 MAX_PROMPT = 1000  # characters
+EXACT = 2**53  # whole numbers below it are floats, too
 WHOLE_RUN = "none"  # the prior of those who want none
 PRIORS = (WHOLE_RUN, "normal", *MEASURED_PRIORS)
 
@@ -43,8 +44,10 @@ class Order:
         for name, text in (("prompt", self.prompt), ("negative prompt", self.sample.negative_prompt)):
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"expected a {name} of at most {MAX_PROMPT} characters, found {len(text)}")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can say it, UTF-8 cannot
+                raise ValueError(f"expected a {name} of whole characters, found half of one")
         if self.prior not in PRIORS:
-            raise ValueError(f"unknown prior {self.prior!r}; choose one of {', '.join(PRIORS)}")
+            raise ValueError(f"unknown prior {self.prior[:50]!r}; choose one of {', '.join(PRIORS)}")
         check_sample(self.sample)
 
     def settings(self, seed: int) -> dict[str, Any]:
@@ -76,8 +79,9 @@ def order_from(settings: Mapping[str, Any], default: Order) -> Order:
 
 def typed(value: Any, name: str, like: Any) -> Any:
     """A value of the type of `like`; a whole number may stand for a real one."""
-    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(like, float) and type(value) is int and abs(value) < EXACT:
         value = float(value)
-    if type(value) is not type(like) or (isinstance(value, float) and not math.isfinite(value)):
+    most = EXACT if isinstance(value, int) else math.inf
+    if type(value) is not type(like) or (isinstance(value, (int, float)) and not abs(value) < most):
         raise ValueError(f"expected {name} to be like {like!r}, found {str(value)[:50]!r}")
     return value

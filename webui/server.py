@@ -19,6 +19,7 @@ LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 LOCAL_NAMES = (LOCAL, "localhost")
 FORM_BYTES = 1 << 14  # what a form adds to the file in it
 MAX_WAITING = 32  # requests in the queue
+MAX_VISITORS = 256  # whose last map and results are kept, a few hundred KB each; then the oldest go
 FIXED: dict[
     str, Any
 ] = {  # what is not said, gradio takes from the environment or decides by what it finds installed
@@ -66,6 +67,7 @@ def serving(
             auth=auth,
             share=share,
             max_file_size=MAX_BYTES,
+            state_session_capacity=MAX_VISITORS,
             app_kwargs={"middleware": [gate]},
             theme=make_theme(),
             css=CSS,

@@ -8,12 +8,16 @@ from PIL import Image
 
 from datasets.label_space import Size
 
-FORMATS = ("PNG", "BMP", "TIFF", "WEBP", "JPEG")
+# Not TIFF: OpenCV, which decodes, may see other tags and so another size than Pillow, which checks.
+FORMATS = ("PNG", "BMP", "WEBP", "JPEG")
 MAX_BYTES = 16 << 20
 MAX_PIXELS = 1 << 24  # 4096x4096; eight times a Cityscapes map
 MAX_IMAGE_PIXELS = 1 << 20  # of what is sampled
 STEP = 64  # pixels; sides of images are multiples
-KNOWN_STRANGERS = {b"GIF8": "a GIF", b"<svg": "SVG", b"<?xml": "SVG or other XML", b"%PDF": "a PDF"}
+KNOWN_STRANGERS = {
+    **{b"GIF8": "a GIF", b"<svg": "SVG", b"<?xml": "SVG or other XML", b"%PDF": "a PDF"},
+    **{b"II*\0": "TIFF", b"MM\0*": "TIFF"},
+}
 
 
 def check_picture(path: Path) -> Size:
@@ -22,6 +26,8 @@ def check_picture(path: Path) -> Size:
     Raises
         ValueError  one sentence that begins with the path
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, found none; load it once more")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(
@@ -30,13 +36,21 @@ def check_picture(path: Path) -> Size:
     try:
         # A list of formats, because Pillow has decoders for a hundred more.
         with Image.open(path, formats=FORMATS) as image:
-            return _check_header(image, path)
+            width, height = image.size
+            is_large = width * height > MAX_PIXELS
+            is_animated = not is_large and _has_more_frames(image)
     except Image.DecompressionBombError as error:
         raise ValueError(_too_large(path, "far more")) from error
-    except (OSError, SyntaxError) as error:  # what Pillow raises for a foreign, a cut and a damaged file
+    # What Pillow raises for a foreign, a cut and a damaged file, and for texts that inflate beyond measure.
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a picture ({', '.join(FORMATS)}), found {_name_content(path)}; save it as PNG"
         ) from error
+    if is_large:
+        raise ValueError(_too_large(path, f"{height}x{width}"))
+    if is_animated:
+        raise ValueError(f"{path}: expected a single picture, found an animation; save one frame as PNG")
+    return height, width
 
 
 def fitting_size(size: Size) -> Size:
@@ -45,15 +59,6 @@ def fitting_size(size: Size) -> Size:
     height, width = (max(STEP, round(side * shrink / STEP) * STEP) for side in size)
     while height * width > MAX_IMAGE_PIXELS:  # both were rounded up, or one is far longer than the other
         height, width = (height - STEP, width) if height > width else (height, width - STEP)
-    return height, width
-
-
-def _check_header(image: Image.Image, path: Path) -> Size:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(_too_large(path, f"{height}x{width}"))
-    if _has_more_frames(image):
-        raise ValueError(f"{path}: expected a single picture, found an animation; save one frame as PNG")
     return height, width
 
 
