@@ -15,9 +15,10 @@ from PIL import Image
 
 from datasets.label_space import LabelSpace, resize_labels
 
-pytest.importorskip("gradio", reason="gradio is not installed; pip install -r requirements.txt")
+gr = pytest.importorskip("gradio", reason="gradio is not installed; pip install -r requirements.txt")
 
-from webui.label_editor import MAX_PIXELS, MAX_TEXT, decode_labels, encode_labels
+from webui.label_editor import MAX_TEXT, LabelEditor  # noqa: E402 - after the skip
+from webui.label_runs import MAX_PIXELS, decode_labels, encode_labels  # noqa: E402 - after the skip
 
 SPACE = LabelSpace.load("cityscapes")
 VOID = SPACE.void
@@ -75,8 +76,11 @@ def test_real_maps_fit_a_message(real_data: Path) -> None:
 
 
 def test_noise_that_no_message_could_bring_back_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"at most {MAX_TEXT * 3 // 8} runs .* found \d+; .*smaller"):
-        encode_labels(noise(512, 1024))
+    labels = noise(512, 1024)
+    assert (decode_labels(encode_labels(labels), SPACE) == labels).all(), "an image may carry it"
+    editor = LabelEditor(SPACE, noise(8, 8))
+    with pytest.raises(gr.Error, match=rf"at most {MAX_TEXT * 3 // 8} runs .* found \d+; .*smaller"):
+        editor.postprocess(labels)
 
 
 GOOD = {"height": 2, "width": 3, "runs": base64.b64encode(bytes([5, 1])).decode()}

@@ -9,14 +9,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cldm.generate import generate
+from cldm.model import load_model, model_config_of
 from cldm.pictures import read_settings
+from cldm.recorded_run import read_recorded_run
 from datasets.label_space import LabelSpace
 from datasets.streets import render_frame
 from metrics.judge import StreetsJudge
@@ -265,3 +270,27 @@ def test_the_page_fits_a_telephone_and_is_reachable_by_keyboard(tab: Any) -> Non
         tab.keyboard.press("Tab")
         reached |= set(tab.evaluate(holds, parts))
     assert reached == set(parts)
+
+
+def test_a_picture_as_it_is_goes_to_any_control(browser: Any, street: Path, tmp_path: Path) -> None:
+    checkpoint = ROOT / "models/control_streets.safetensors"
+    model = load_model(model_config_of(checkpoint), checkpoint)
+    colours = SPACE.paint(np.asarray(Image.open(street)))
+    Image.fromarray(colours).save(tmp_path / "hint.png")
+    hint = torch.from_numpy(colours).permute(2, 0, 1)[None] / 255
+    sample = replace(read_recorded_run(checkpoint).sample, steps=2)
+    expected = generate(model, hint, ["a street"] * 2, [0, 1], sample).numpy().astype(int)
+    for url in started("--condition", "none", "--ckpt", str(checkpoint)):
+        tab = browser.new_page()
+        tab.goto(url)
+        tab.locator("#note", has_text="The images appear here").wait_for(timeout=60_000)
+        tab.set_input_files("#file input[type=file]", tmp_path / "hint.png")
+        tab.locator("#told", has_text="a picture as it is").wait_for()
+        tab.locator("#prompt textarea").fill("a street")
+        tab.get_by_role("button", name="More settings").click()
+        set_number(tab, "steps", 2)
+        paths = paint(tab, tmp_path, num=2)
+        assert [path.name for path in paths] == ["hint_seed0.png", "hint_seed1.png"]
+        found = np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
+        assert np.abs(found - expected).max() <= 2
+        tab.close()

@@ -89,7 +89,7 @@ def is_discreet(site: Site, answer: Answer) -> bool:
 
 
 def test_every_address_of_the_server_is_known(site: Site, visitor: Visitor) -> None:
-    every = {route.path for route in site.page.app.routes if hasattr(route, "path")}
+    every = set(paths_of(site.page.app))
     assert len(every) > 60
     filled = {path: re.sub(r"{(\w+)[^}]*}", fill, path) for path in every}
     assert {path for path in every if is_open(filled[path])} - OPEN == set()
@@ -98,6 +98,14 @@ def test_every_address_of_the_server_is_known(site: Site, visitor: Visitor) -> N
             content = {"json": {}} if method == "POST" else {}
             answer = visitor.http.request(method, site.url + path, **content)
             assert (answer.status_code, answer.text) == (404, "there is nothing here\n"), path
+
+
+def paths_of(router: Any) -> Iterator[str]:
+    for route in router.routes:
+        if hasattr(route, "original_router"):
+            yield from paths_of(route.original_router)
+        else:
+            yield route.path
 
 
 def fill(match: re.Match[str]) -> str:
