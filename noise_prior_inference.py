@@ -96,7 +96,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_start(group: Any) -> None:
     """The flags that say where sampling starts."""
     add = group.add_argument
-    add("--prior_type", choices=(*UNMEASURED, *MEASURED_PRIORS), default="normal", help="(default: %(default)s)")
+    kinds = (*UNMEASURED, *MEASURED_PRIORS)
+    add("--prior_type", choices=kinds, default="normal", help="(default: %(default)s)")
     add(
         "--prior",
         type=Path,
