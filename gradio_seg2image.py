@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -28,17 +29,18 @@ from cldm.cli import keep_freed_memory, refuse
 from cldm.config import project_path
 from datasets import DATASETS
 from datasets.label_space import SPACES, LabelSpace
-from webui.segmentation import STREETS, segmentation
+from webui.conditions import CONDITIONS
 from webui.uploads import MAX_IMAGE_PIXELS, STEP
 
 if TYPE_CHECKING:
     from cldm.recorded_run import RecordedRun
     from metrics.segmentation import Segmenter
-    from webui.condition import Condition
-    from webui.painter import Segment
+    from webui.condition import Condition, Models
+    from webui.painter import Painter, Segment
 
-CONDITIONS = ("segmentation", "none")
+DEFAULT_SPACE = "cityscapes"
 MAX_PORT = 65535
+CLOSING_SECONDS = 2.0
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +53,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--base", type=Path, help="base of a control branch, if neither recorded in it nor in models/")
     add("--config", type=Path, help="model YAML file; by default the recorded one, or the architecture's")
     add(
-        "--condition", choices=CONDITIONS, default=CONDITIONS[0], help="of the control (default: %(default)s)"
+        "--condition",
+        choices=CONDITIONS,
+        default=next(iter(CONDITIONS)),
+        help="of the control (default: %(default)s)",
     )
     add("--palette", choices=SPACES, help="classes of the maps (default: as in training, or cityscapes)")
     add("--prior", type=Path, help="file of noise_prior.py (default: with the Streets models theirs)")
@@ -90,14 +95,17 @@ def find_problem(args: argparse.Namespace) -> str:
         return "--auth must be USER:PASSWORD"
     if (args.listen or args.share) and args.auth is None:
         return "--listen and --share let others use the page; give --auth USER:PASSWORD with them"
-    if args.condition == "none" and (args.ckpt is None or args.prior or args.segmenter or args.palette):
-        return "--condition none needs --ckpt, and takes neither --prior nor --segmenter nor --palette"
-    return find_missing_weights() if args.ckpt is None else ""
+    condition = CONDITIONS[args.condition](LabelSpace.load(args.palette or DEFAULT_SPACE))
+    if condition.space is None and (args.prior or args.segmenter or args.palette):
+        return f"--condition {args.condition} paints from pictures; leave --prior, --segmenter, --palette out"
+    return find_missing_weights(args.condition, condition.models) if args.ckpt is None else ""
 
 
-def find_missing_weights() -> str:
+def find_missing_weights(name: str, models: Models) -> str:
     """Which of the default weights are not there, and what to do."""
-    missing = [name for name in (STREETS.checkpoint, STREETS.base) if name and existing(name) is None]
+    if models.checkpoint is None:
+        return f"--condition {name} has no model of its own; name one with --ckpt"
+    missing = [file for file in (models.checkpoint, models.base) if file and existing(file) is None]
     if not missing:
         return ""
     return (
@@ -112,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio calls its own server
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed then, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then, too
     try:
         run(args)
     except KeyboardInterrupt:
@@ -122,63 +130,78 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build what was asked for and serve it; the model is read meanwhile."""
+    """Build what was asked for and serve it, until interrupted; the model is read meanwhile."""
+    from webui.folder import private_folder
+
+    has_ended = True
+    try:
+        with private_folder() as folder:
+            painter = make_painter(args, folder)
+            from webui.page import build_page
+            from webui.server import serving
+
+            page = build_page(painter)
+            auth = tuple(args.auth.split(":", 1)) if args.auth else None
+            options = {"port": args.port, "auth": auth, "listen": args.listen, "share": args.share}
+            try:
+                with serving(page, folder, **options) as address:
+                    print(f"open {address} (stop with Ctrl-C)", flush=True)
+                    painter.session.wait()  # or the model's refusal, which ends the page
+                    print("the model is ready", file=sys.stderr)
+                    threading.Event().wait()
+            finally:
+                has_ended = painter.close(CLOSING_SECONDS)
+    finally:
+        if not has_ended:  # torch aborts where a thread still computes when Python ends
+            sys.stdout.flush()
+            os._exit(0)
+
+
+def make_painter(args: argparse.Namespace, folder: Path) -> Painter:
+    """All of the page but its widgets."""
     from cldm.recorded_run import read_recorded_run
     from webui.examples import load_examples
-    from webui.folder import KEPT, private_folder
+    from webui.folder import KEPT
     from webui.painter import Painter
     from webui.session import open_session
     from webui.starts import Starts
 
     if args.ckpt is None:
-        args.ckpt = project_path(str(STREETS.checkpoint))
-        args.prior, args.segmenter = (
-            args.prior or existing(STREETS.prior),
-            args.segmenter or existing(STREETS.segmenter),
-        )
+        models = CONDITIONS[args.condition](LabelSpace.load(DEFAULT_SPACE)).models
+        args.ckpt = project_path(str(models.checkpoint))
+        args.prior = args.prior or existing(models.prior)
+        args.segmenter = args.segmenter or existing(models.segmenter)
     recorded = read_recorded_run(args.ckpt)
     condition = make_condition(args, recorded)
-    with private_folder() as folder:
-        session = open_session(
-            folder,
-            args.ckpt,
-            recorded,
-            base=args.base,
-            config=args.config,
-            device=args.device,
-            precision=args.precision,
-            size=tuple(args.size) if args.size else None,
-            starts=Starts(args.prior, condition.space) if args.prior and condition.space else None,
-        )
-        examples = load_examples(condition, args.examples, folder / KEPT / "maps", session.size)
-        from webui.page import build_page
-        from webui.server import serving
-
-        segment = make_segmenter(args.segmenter, condition, args.device) if args.segmenter else None
-        page = build_page(Painter(condition, session, examples, segment))
-        auth = tuple(args.auth.split(":", 1)) if args.auth else None
-        with serving(
-            page, folder, port=args.port, auth=auth, listen=args.listen, share=args.share
-        ) as address:
-            print(f"open {address} (stop with Ctrl-C)", flush=True)
-            _ = session.model  # or its refusal, which ends the page
-            print("the model is ready", file=sys.stderr)
-            threading.Event().wait()
+    session = open_session(
+        folder,
+        args.ckpt,
+        recorded,
+        base=args.base,
+        config=args.config,
+        device=args.device,
+        precision=args.precision,
+        size=tuple(args.size) if args.size else None,
+        starts=Starts(args.prior, condition.space) if args.prior and condition.space else None,
+    )
+    examples = load_examples(condition, args.examples, folder / KEPT / "maps", session.size)
+    segment = make_segmenter(args.segmenter, condition, args.device) if args.segmenter else None
+    return Painter(condition, session, examples, segment)
 
 
 def make_condition(args: argparse.Namespace, run: RecordedRun) -> Condition:
     """What the page is about; a control that was trained on other hints than it offers is refused."""
-    from webui.any_hint import ANY_HINT
-
-    if args.condition == "none":
-        return ANY_HINT
+    own = DATASETS[run.dataset].label_space if run.dataset in DATASETS else None
+    space = LabelSpace.load(args.palette or run.label_space or own or DEFAULT_SPACE)
+    condition = CONDITIONS[args.condition](space)
+    if condition.space is None:
+        return condition
     if run.hint not in (None, "colours"):
         raise ValueError(
             f"{args.ckpt}: expected a control of colour maps, which this page paints, found one that was"
             f" trained with data.hint={run.hint}; sample it with generate.py"
         )
-    own = DATASETS[run.dataset].label_space if run.dataset in DATASETS else None
-    return segmentation(LabelSpace.load(args.palette or run.label_space or own or "cityscapes"))
+    return condition
 
 
 def make_segmenter(path: Path, condition: Condition, device: str) -> Segment | None:

@@ -8,20 +8,21 @@ import numpy as np
 
 from datasets.label_space import Ids, LabelSpace
 
-# What stands in streets and has other names elsewhere; what is not here and has no namesake becomes void.
+# What stands in streets and what it is called elsewhere, the nearest name first.
 SAME: dict[str, tuple[str, ...]] = {
-    "sidewalk": ("sidewalk", "pavement", "pavement-merged"),
-    "building": ("building", "house", "skyscraper", "building-other", "building-other-merged"),
-    "wall": ("wall", "wall-other", "wall-brick", "wall-concrete", "wall-stone", "wall-other-merged"),
-    "fence": ("fence", "fence-merged", "railing"),
-    "pole": ("pole", "streetlight", "column"),
-    "traffic light": ("traffic light",),
-    "traffic sign": ("traffic sign", "stop sign", "signboard"),
-    "vegetation": ("vegetation", "tree", "plant", "palm", "bush", "tree-merged", "plant-other", "leaves"),
-    "terrain": ("terrain", "grass", "earth", "field", "dirt", "mud", "sand", "grass-merged", "dirt-merged"),
-    "sky": ("sky", "sky-other", "clouds", "sky-other-merged"),
-    "truck": ("truck", "van"),
-    "motorcycle": ("motorcycle", "minibike"),
+    "sidewalk": ("pavement", "pavement-merged"),
+    "building": ("building-other", "building-other-merged", "house", "skyscraper"),
+    "wall": ("wall-other", "wall-other-merged", "wall-concrete", "wall-brick", "wall-stone"),
+    "fence": ("fence-merged", "railing"),
+    "pole": ("streetlight", "column"),
+    "traffic sign": ("signboard", "stop sign"),
+    "vegetation": ("tree", "tree-merged", "plant", "plant-other", "bush", "palm", "leaves"),
+    "terrain": ("grass", "grass-merged", "dirt", "dirt-merged", "earth", "field", "mud", "sand"),
+    "sky": ("sky-other", "sky-other-merged", "clouds"),
+    "rider": ("person",),
+    "truck": ("van",),
+    "train": ("bus",),
+    "motorcycle": ("minibike",),
 }
 UNKNOWN_SHOWN = 3  # classes that a sentence lists
 
@@ -49,8 +50,6 @@ def translate(labels: Ids, source: LabelSpace, target: LabelSpace) -> Translatio
 
 def train_id_of(name: str, target: LabelSpace) -> int:
     """The class of `target` that a name stands for, else void."""
-    groups = [set(names) | {key} for key, names in SAME.items()]
-    alike = {name}.union(*(group for group in groups if name in group))
-    found = [k for k, theirs in enumerate(target.names) if theirs in alike]
-    exact = [k for k in found if target.names[k] == name]
-    return (exact or found or [target.void])[0]
+    groups = [(key, *names) for key, names in SAME.items() if name in (key, *names)]
+    nearest_first = [name, *(alike for group in groups for alike in group)]
+    return next((target.names.index(n) for n in nearest_first if n in target.names), target.void)

@@ -248,7 +248,7 @@ def write_upload(path: Path, what: str) -> Path:
         ("animated GIF", "auto", r"found a GIF"),
         ("animated PNG", "auto", r"expected a single picture, found an animation"),
         ("animated WEBP", "auto", r"expected a single picture, found an animation"),
-        ("animated TIFF", "auto", r"expected a single picture, found an animation"),
+        ("animated TIFF", "auto", r"found TIFF"),
         ("huge file", "auto", r"at most 16 MB"),
         ("ids 99", "label_ids", r"expected cityscapes label ids .*found 99 in 4096 pixels"),
         ("ids 33", "train_ids", r"expected cityscapes train ids 0..18, 255, found 33"),
@@ -296,7 +296,7 @@ def test_a_map_without_a_size_is_brought_near_its_own(
         ("x_labelIds.png", LABEL_IDS, "auto"),
         ("x.png", LABEL_IDS, "label_ids"),
         ("x_labelTrainIds.bmp", TRAIN_IDS, "auto"),
-        ("x.tif", TRAIN_IDS, "train_ids"),
+        ("x.bmp", TRAIN_IDS, "train_ids"),
         ("x.webp", COLOURS, "auto"),
         ("x.png", np.dstack([COLOURS, np.full((64, 128), 255, np.uint8)]), "auto"),
     ],
@@ -473,7 +473,8 @@ def test_a_sentence_cannot_become_markup() -> None:
 def test_wrong_flags_are_refused_in_a_sentence(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "STREETS", Models("models/gone.safetensors", "models/README.md"))
+    gone = replace(CITYSCAPES, models=Models("models/gone.safetensors", "models/README.md"))
+    monkeypatch.setattr(script, "CONDITIONS", {**script.CONDITIONS, "segmentation": lambda space: gone})
     with pytest.raises(SystemExit) as exit_info:
         script.main(words)
     assert exit_info.value.code == 2

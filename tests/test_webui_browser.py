@@ -232,7 +232,7 @@ def test_examples_priors_and_views(tab: Any, tmp_path: Path) -> None:
     tab.get_by_role("option", name="class", exact=True).click()
     image, *_ = paint(tab, tmp_path, num=2)
     settings = read_settings(image) or {}
-    assert (settings["prior"], settings["start"]) == ("class", 799)
+    assert (settings["prior_type"], settings["start"]) == ("class", 799)
     assert tab.locator("#images .thumbnail-item img").count() == 2
     with tab.expect_response(re.compile(r"overlay.*\.png")):
         tab.get_by_label("Under the map").check()

@@ -26,6 +26,7 @@ from ldm.models.diffusion.schedule import ddim_timesteps, timesteps_from
 from ldm.priors.prior import KINDS
 from webui.any_hint import ANY_HINT
 from webui.condition import Example, Hint
+from webui.label_runs import encode_labels
 from webui.orders import PRIORS, WHOLE_RUN, Order, order_from
 from webui.painter import Done, Painter
 from webui.segmentation import segmentation
@@ -136,6 +137,41 @@ def test_whoever_goes_away_stops_what_was_painted_for_them(
     assert painter.running == {}
 
 
+def test_who_waits_for_others_can_stop_as_well(
+    painter: Painter, hint: Hint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter.expect("second")  # clicked, and in the queue
+    assert painter.stop("second")
+    _begun, last = list(painter.paint(hint, Order("a", 2, sample=FAST), "second"))
+    assert isinstance(last, Done)
+    assert last.results == []
+    assert last.note.startswith("Stopped: 0 of 2 images")
+    with painter.session.my_turn():  # another one computes
+        waiting = painter.paint(hint, Order("a", sample=FAST), "third")
+        next(waiting)
+        assert painter.stop("third")
+        last = next(waiting)
+    assert isinstance(last, Done)
+    assert last.note.startswith("Stopped: 0 of 1")
+
+
+def test_a_model_that_never_comes_can_be_stopped_waiting_for(hint: Hint, tmp_path: Path) -> None:
+    painter = Painter(CITYSCAPES, Session(Future(), tmp_path, sample=FAST))
+    waiting = painter.paint(hint, Order("a", sample=FAST), "me")
+    next(waiting)
+    assert painter.stop("me")
+    assert isinstance(next(waiting), Done)
+    assert not painter.close(0), "the model is still being read"
+
+
+def test_closing_stops_what_is_painted(painter: Painter, hint: Hint) -> None:
+    painting = painter.paint(hint, Order("a", sample=replace(FAST, steps=100)), "me")
+    next(painting), next(painting)
+    assert painter.close(20)
+    done = [item for item in painting if isinstance(item, Done)]
+    assert done[0].note.startswith("Stopped")
+
+
 def test_a_failure_is_raised_where_the_visitor_is_answered(painter: Painter, hint: Hint) -> None:
     with pytest.raises(ValueError, match=r"expected steps in 1..100, found 0"):
         list(painter.paint(hint, Order("a", sample=replace(FAST, steps=0))))
@@ -187,7 +223,7 @@ def test_a_prior_starts_the_run_where_its_formula_says(model: ControlLDM, hint: 
         found = np.asarray(Image.open(result.image)).astype(int)
         assert np.abs(found - image).max() <= 1
         settings = read_settings(result.image) or {}
-        assert (settings["prior"], settings["start"]) == ("spatial", 600)
+        assert (settings["prior_type"], settings["start"]) == ("spatial", 600)
     plain = session.run(hint, Order("a", 1, 5, FAST))[0]
     assert (np.asarray(Image.open(plain.image)) != np.asarray(Image.open(results[0].image))).any()
 
@@ -233,8 +269,10 @@ def test_the_map_is_there_as_label_ids(painter: Painter, hint: Hint) -> None:
         ({"scale": None}, "expected scale to be like 9.0, found 'None'"),
         ({"prompt": ["a"]}, "expected prompt to be like ''"),
         ({"prompt": "a" * 2000}, "at most 1000 characters, found 2000"),
-        ({"prior": "x0"}, "unknown prior 'x0'"),
+        ({"prior_type": "x0"}, "unknown prior 'x0'"),
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"prior_type": "class"}, "began from the noise prior class; start the page with --prior FILE"),
+        ({"map": {"height": 1, "width": 1, "runs": "AAA="}, "label_space": "mars"}, "unknown label space"),
         ({"map": {"height": 1 << 40, "width": 1, "runs": ""}}, "the label map: expected"),
         ({"map": 5}, "the label map: expected"),
         ([1], "expected a PNG of this page or of generate.py, found no settings"),
@@ -251,6 +289,25 @@ def test_settings_that_somebody_wrote_are_checked(
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png", pnginfo=notes)
     with pytest.raises(ValueError, match=said):
         painter.restore(str(tmp_path / "x.png"), Order(""))
+
+
+def test_settings_of_the_script_for_priors_are_understood() -> None:
+    theirs = {"prior": {"images": 4000}, "prior_type": "class", "timesteps": [799, 751], "steps": 7}
+    assert order_from(theirs, Order("")) == Order("", sample=SampleConfig(steps=7), prior="class", start=799)
+
+
+def test_a_map_of_other_classes_comes_back_in_ours(painter: Painter, tmp_path: Path) -> None:
+    ade20k = LabelSpace.load("ade20k")
+    labels = np.full((64, 64), ade20k.names.index("sky"), np.uint8)
+    labels[32:] = ade20k.names.index("road")
+    settings = {"map": encode_labels(labels), "label_space": "ade20k"}
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("scenecontrol", json.dumps(settings))
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png", pnginfo=notes)
+    _, restored = painter.restore(str(tmp_path / "x.png"), Order(""))
+    assert restored is not None
+    assert restored.labels is not None
+    assert (restored.labels[::32, 0] == [10, 0]).all()
 
 
 def test_settings_of_older_images_fill_in_what_they_know() -> None:

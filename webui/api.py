@@ -44,7 +44,7 @@ def offer_api(painter: Painter, parts: dict[str, Any]) -> None:
         size = checked_size(height, width) if height or width else None
         hint = painter.find_hint(path_of(file), kind, example, size)
         order = order_of(painter, {name: asked[name] for name in SETTINGS})
-        *_, done = painter.paint(hint, order, secrets.token_hex(8))
+        *_, done = painter.paint(hint, order, secrets.token_hex(8), previews=False)
         assert isinstance(done, Done)
         return done.files, done.note
 

@@ -24,6 +24,7 @@ class Hint(NamedTuple):
     digest: str  # of the file, or of the labels
     found: str = ""  # what its file was taken for, in words
     labels: Ids | None = None  # (H, W) train ids, of a label map; what priors start from
+    space: str | None = None  # the name of its label space
 
 
 class Example(NamedTuple):

@@ -45,9 +45,10 @@ def refusing(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusal(error: Exception) -> gr.Error:
-    """A refusal as Gradio shows it."""
+    """A refusal as Gradio shows it; what the system says of files stays in the log."""
     log.info("refused: %s", error)
-    return gr.Error(str(error), print_exception=False)
+    said = str(error) if isinstance(error, ValueError) else "a file of the server cannot be read or written"
+    return gr.Error(said, print_exception=False)
 
 
 def order_of(painter: Painter, settings: dict[str, Any]) -> Order:
@@ -66,10 +67,10 @@ def connect_model(page: gr.Blocks, painter: Painter, parts: dict[str, Any]) -> N
     """A note on the model while it is read."""
 
     def wait() -> Iterator[str]:
-        begin, loading = time.monotonic(), painter.session.loading
+        begin, loading, stages = time.monotonic(), painter.session.loading, painter.session.stages
         while not loading.done():
-            seconds = time.monotonic() - begin
-            yield f"The model is being read ({seconds:.0f} s); the map can be painted meanwhile."
+            stage, seconds = (stages or ["reading"])[-1], time.monotonic() - begin
+            yield f"The model comes: {stage} ({seconds:.0f} s). The map can be painted meanwhile."
             time.sleep(LOOK_SECONDS)
         error = loading.exception()
         yield EMPTY if error is None else f"The model cannot be read: {error}"
@@ -77,7 +78,7 @@ def connect_model(page: gr.Blocks, painter: Painter, parts: dict[str, Any]) -> N
     page.load(wait, outputs=parts["note"], concurrency_limit=None, **QUIET)
 
 
-def connect_paint(painter: Painter, parts: dict[str, Any]) -> None:
+def connect_paint(page: gr.Blocks, painter: Painter, parts: dict[str, Any]) -> None:
     """The two buttons."""
 
     def from_editor(labels: Ids, name: str) -> Hint:
@@ -106,17 +107,25 @@ def connect_paint(painter: Painter, parts: dict[str, Any]) -> None:
     hint_parts = ("editor", "name") if painter.condition.space else ("file", "kind")
     inputs = [parts[name] for name in (*hint_parts, *SETTINGS)]
     buttons = [parts["paint"], parts["stop"]]
-    parts["paint"].click(lambda: buttons_while(busy=True), outputs=buttons, concurrency_limit=None, **QUIET)
-    done = parts["paint"].click(
-        paint, inputs, [parts[name] for name in RESULT_PARTS], **QUIET, **ONE_AT_A_TIME
-    )
+
+    def expect(request: gr.Request) -> tuple[gr.Button, gr.Button]:
+        painter.expect(request.session_hash or "")
+        return buttons_while(busy=True)
+
+    # First, and at once, so that an order that waits for others can be stopped, too.
+    asked = parts["paint"].click(expect, outputs=buttons, concurrency_limit=None, **QUIET)
+    done = asked.then(paint, inputs, [parts[name] for name in RESULT_PARTS], **QUIET, **ONE_AT_A_TIME)
     done.then(lambda: buttons_while(busy=False), outputs=buttons, concurrency_limit=None, **QUIET)
     done.failure(lambda: "", outputs=parts["live"], concurrency_limit=None, **QUIET)
 
     def stop(request: gr.Request) -> None:
         painter.stop(request.session_hash or "")
 
+    def leave(request: gr.Request) -> None:
+        painter.leave(request.session_hash or "")
+
     parts["stop"].click(stop, concurrency_limit=None, **QUIET)
+    page.unload(leave)
 
 
 def buttons_while(*, busy: bool) -> tuple[gr.Button, gr.Button]:

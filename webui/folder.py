@@ -12,6 +12,7 @@ from pathlib import Path
 KEPT = "examples"  # the subfolder that lives as long as the page
 KEEP_SECONDS = 3600
 KEEP_BYTES = 1 << 30
+KEEP_FILES = 1 << 14  # empty ones take their room, too
 
 
 @contextmanager
@@ -39,12 +40,13 @@ def private_folder() -> Iterator[Path]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove uploads and results that are old, and of the rest the oldest while they are too many bytes."""
+    """Remove uploads and results that are old, and of the rest the oldest while they are too many."""
     files = [path for path in folder.rglob("*") if path.is_file() and folder / KEPT not in path.parents]
     left = KEEP_BYTES
-    for changed, size, path in sorted((*stats(path), path) for path in files)[::-1]:
+    latest_first = sorted((*stats(path), path) for path in files)[::-1]
+    for number, (changed, size, path) in enumerate(latest_first):
         left -= size
-        if left < 0 or time.time() - changed > KEEP_SECONDS:
+        if left < 0 or number >= KEEP_FILES or time.time() - changed > KEEP_SECONDS:
             path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty
                 path.parent.rmdir()

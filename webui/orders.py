@@ -52,7 +52,7 @@ class Order:
 
     def settings(self, seed: int) -> dict[str, Any]:
         """What an image of the order carries."""
-        prior = {} if self.prior == WHOLE_RUN else {"prior": self.prior, "start": self.start}
+        prior = {} if self.prior == WHOLE_RUN else {"prior_type": self.prior, "start": self.start}
         return {**asdict(self.sample), **prior, "prompt": self.prompt, "seed": seed}
 
 
@@ -64,6 +64,11 @@ def order_from(settings: Mapping[str, Any], default: Order) -> Order:
     Raises
         ValueError  one sentence: a value of another type, or out of bounds
     """
+    # As noise_prior_inference.py has it, which lists all timesteps.
+    renamed = {"prior": settings.get("prior_type", WHOLE_RUN)}
+    if isinstance(steps := settings.get("timesteps"), list) and steps:
+        renamed["start"] = steps[0]
+    settings = {**settings, **renamed}
     own = [f.name for f in fields(Order) if f.name not in ("sample", "num")]
     sample = {
         f.name: typed(settings[f.name], f.name, getattr(default.sample, f.name))
@@ -71,7 +76,7 @@ def order_from(settings: Mapping[str, Any], default: Order) -> Order:
         if f.name in settings
     }
     known = {name: typed(settings[name], name, getattr(default, name)) for name in own if name in settings}
-    order = replace(default, num=1, prior=WHOLE_RUN, sample=replace(default.sample, **sample))
+    order = replace(default, num=1, sample=replace(default.sample, **sample))
     order = replace(order, **known)
     order.check()
     return order

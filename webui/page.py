@@ -34,7 +34,7 @@ def build_page(painter: Painter) -> gr.Blocks:
                 parts |= {**ask(painter), **show_results(painter)}
         (connect_editor if condition.space else connect_picture)(painter, parts)
         connect_model(page, painter, parts)
-        connect_paint(painter, parts)
+        connect_paint(page, painter, parts)
         connect_results(parts)
         connect_settings(painter, parts)
         offer_api(painter, parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import queue
 import threading
 import time
@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cldm.pictures import Rgb, read_settings, write_png
-from datasets.label_space import Ids, Size, resize_labels
+from datasets.label_space import Ids, LabelSpace, Size, resize_labels
+from datasets.translation import translate
 from webui.condition import Condition, Example, Hint
 from webui.folder import KEPT, tidy
 from webui.label_runs import decode_labels
-from webui.orders import Order, order_from
+from webui.orders import WHOLE_RUN, Order, order_from
 from webui.session import Progress, Result, Session, safe_stem
 from webui.uploads import check_picture, fitting_size
+
+log = logging.getLogger(__name__)
 
 Segment = Callable[[Rgb], Ids]
 """A photo (H, W, 3) -> (H, W) train ids."""
@@ -47,6 +50,7 @@ class Painter:
     examples: Sequence[Example] = field(default_factory=list)
     segment: Segment | None = None
     running: dict[str, threading.Event] = field(default_factory=dict, repr=False)  # by visitor
+    workers: list[threading.Thread] = field(default_factory=list, repr=False)
 
     # -- hints -------------------------------------------------------------------------------------------
 
@@ -89,8 +93,12 @@ class Painter:
             photo = cv2.resize(read_image(path), (width, height), interpolation=cv2.INTER_AREA)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), path.name)) from error
-        with self.session.turn:
-            labels = self.segment(photo)
+        with self.session.my_turn():
+            try:
+                labels = self.segment(photo)
+            except (OSError, ImportError) as error:
+                log.warning("the segmenter: %s", error)
+                raise ValueError("the segmenter cannot be read; the log of the page says why") from error
         return self.edited(labels, path.name)._replace(found="what the segmenter sees in the photo"), photo
 
     def prompt_for(self, example: str, prompt: str) -> str:
@@ -119,30 +127,45 @@ class Painter:
         if not isinstance(settings, dict):
             raise ValueError(f"{path.name}: expected a PNG of this page or of generate.py, found no settings")
         order = order_from(settings, default)
+        if order.prior != WHOLE_RUN and self.session.starts is None:
+            raise ValueError(
+                f"{path.name}: it began from the noise prior {order.prior}; start the page with --prior FILE"
+            )
         if self.condition.space is None or "map" not in settings:
             return order, None
-        labels = decode_labels(settings["map"], self.condition.space)
+        space = LabelSpace.load(str(settings.get("label_space", self.condition.space.name))[:50])
+        labels = translate(decode_labels(settings["map"], space), space, self.condition.space).labels
         return order, self.edited(labels, str(settings.get("hint", path.name)))
 
     # -- images ------------------------------------------------------------------------------------------
 
-    def paint(self, hint: Hint, order: Order, visitor: str = "") -> Iterator[Progress | Done]:
+    def expect(self, visitor: str) -> None:
+        """A visitor asks for something, which `stop` ends from now on, though it may wait for its turn."""
+        self.running[visitor] = threading.Event()
+
+    def paint(
+        self, hint: Hint, order: Order, visitor: str = "", *, previews: bool = True
+    ) -> Iterator[Progress | Done]:
         """How far it is, step by step, and at last what came of it.
 
         visitor  whose `stop` ends it; a visitor who is gone, so that nothing more is taken, ends it as well
         """
         order.check()
         told: queue.SimpleQueue[Progress | Done | Exception] = queue.SimpleQueue()
-        stop = self.running[visitor] = threading.Event()
+        stop = self.running.setdefault(visitor, threading.Event())
 
         def work() -> None:
             try:
-                told.put(self.finish(hint, order, self.session.run(hint, order, told.put, stop)))
+                tidy(self.session.folder)
+                results = self.session.run(hint, order, told.put if previews else None, stop)
+                told.put(self.finish(hint, order, results))
             except Exception as error:  # raised where the visitor is answered
                 told.put(error)
 
         begin = time.perf_counter()
-        threading.Thread(target=work, name="painting", daemon=True).start()
+        worker = threading.Thread(target=work, name="painting", daemon=True)
+        self.workers.append(worker)
+        worker.start()
         try:
             yield Progress(0, order.sample.steps)
             while True:
@@ -156,9 +179,7 @@ class Painter:
                 yield item
         finally:
             stop.set()
-            with contextlib.suppress(KeyError):
-                if self.running[visitor] is stop:
-                    del self.running[visitor]
+            self.leave(visitor, stop)
 
     def stop(self, visitor: str) -> bool:
         """End what a visitor is waiting for, after the step that is computed; whether there was something."""
@@ -167,9 +188,25 @@ class Painter:
             found.set()
         return found is not None
 
+    def leave(self, visitor: str, stop: threading.Event | None = None) -> None:
+        """Forget a visitor who is answered or gone; `stop` is what is forgotten, if not whatever there is."""
+        found = self.running.get(visitor)
+        if found is not None and stop in (None, found):
+            found.set()
+            self.running.pop(visitor, None)
+        self.workers[:] = [worker for worker in self.workers if worker.is_alive()]
+
+    def close(self, seconds: float) -> bool:
+        """Stop all that is painted; whether it came to an end within some seconds."""
+        for stop in list(self.running.values()):
+            stop.set()
+        deadline = time.monotonic() + seconds
+        for worker in self.workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        return self.session.loading.done() and not any(worker.is_alive() for worker in self.workers)
+
     def finish(self, hint: Hint, order: Order, results: list[Result]) -> Done:
         """What an order came to, on disk and in words."""
-        tidy(self.session.folder)
         height, width = hint.colours.shape[:2]
         many = f"{len(results)} images" if len(results) != 1 else "1 image"
         note = f"{many} of {height}x{width}, each a PNG with its settings,"

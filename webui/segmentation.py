@@ -50,13 +50,17 @@ class LabelMaps:
         if labels.shape != size:
             found += f", resized from {labels.shape[0]}x{labels.shape[1]}"
         labels = resize_labels(labels, size)
-        return Hint(path.name, self.space.paint(labels), fingerprint(path), found, labels)
+        return self.hint(path.name, labels, fingerprint(path), found)
 
     def from_labels(self, labels: Ids, name: str) -> Hint:
         """The hint of a map that was edited."""
         labels = self.space.check_train_ids(labels, name)
         digest = hashlib.sha256(repr(labels.shape).encode() + labels.tobytes()).hexdigest()
-        return Hint(name, self.space.paint(labels), digest, "", labels)
+        return self.hint(name, labels, digest)
+
+    def hint(self, name: str, labels: Ids, digest: str, found: str = "") -> Hint:
+        """A label map as the control is told it."""
+        return Hint(name, self.space.paint(labels), digest, found, labels, self.space.name)
 
     def read_labels(self, path: Path, kind: str) -> tuple[Ids, str]:
         """Train ids of a file, and what it was taken for."""

@@ -6,8 +6,10 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 PIXELS_AT_ONCE = 4 * 512 * 512  # of a batch
 RESULTS = "results"  # the subfolder that images go to
+WAIT_SECONDS = 0.2  # between two looks at whether something is still waited for
 PAUSE = 4  # times what a preview took; so previews take a fifth of the time at the most
 
 
@@ -67,19 +70,15 @@ class Session:
     sample: SampleConfig = field(default_factory=SampleConfig)  # what a page starts with
     marks: Mapping[str, Any] = field(default_factory=dict)  # goes into every PNG
     starts: Starts | None = None
+    stages: list[str] = field(default_factory=list)  # of the reading of the model, so far
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    @property
-    def model(self) -> ControlledModel:
-        """The model, as soon as it is there."""
-        return self.loading.result()
 
     def run(
         self, hint: Hint, order: Order, watch: Watch | None = None, stop: threading.Event | None = None
     ) -> list[Result]:
         """The images of an order, in batches of bounded size; ValueError says why there are none.
 
-        watch  called after each step, from the thread that calls this
+        watch  called after each step, from the thread that calls this, now and then with previews
         stop   once it is set, the batch in work is given up after its step; what is made is kept
         """
         order.check()
@@ -90,7 +89,6 @@ class Session:
                 "load a smaller one, or start the page with --size H W"
             )
         folder = self.folder / RESULTS / secrets.token_hex(8)
-        folder.mkdir(parents=True)
         results: list[Result] = []
         batches = split(order.seed, order.num, max(1, PIXELS_AT_ONCE // (height * width)))
         for i, seeds in enumerate(batches):
@@ -103,6 +101,31 @@ class Session:
             results += [self._write(folder, hint, order, seed, image) for seed, image in pairs]
         return results
 
+    def wait(self, stop: threading.Event | None = None) -> ControlledModel:
+        """The model, as soon as it is there; Stopped if it is not waited for any more."""
+        while not wait_for([self.loading], timeout=WAIT_SECONDS).done:
+            if stop is not None and stop.is_set():
+                raise Stopped
+        return self.loading.result()
+
+    @property
+    def model(self) -> ControlledModel:
+        """The model, waited for as long as it takes."""
+        return self.wait()
+
+    @contextmanager
+    def my_turn(self, stop: threading.Event | None = None) -> Iterator[None]:
+        """Nobody else computes; Stopped if that is not waited for any more."""
+        while not self.turn.acquire(timeout=WAIT_SECONDS):
+            if stop is not None and stop.is_set():
+                raise Stopped
+        try:
+            if stop is not None and stop.is_set():
+                raise Stopped
+            yield
+        finally:
+            self.turn.release()
+
     def _sample(
         self, hint: Hint, order: Order, seeds: list[int], watch: Watch | None, stop: threading.Event | None
     ) -> list[Rgb]:
@@ -111,9 +134,9 @@ class Session:
 
         from cldm.generate import decode, generate
 
-        model = self.model
+        model = self.wait(stop)
         told = torch.from_numpy(hint.colours).permute(2, 0, 1)[None] / 255
-        with self.turn:
+        with self.my_turn(stop):
             start = None
             if order.prior != WHOLE_RUN:
                 if self.starts is None:
@@ -142,7 +165,8 @@ class Session:
             "hint_fingerprint": hint.digest,
         }
         if hint.labels is not None:
-            settings["map"] = encode_labels(hint.labels)
+            settings |= {"map": encode_labels(hint.labels), "label_space": hint.space}
+        folder.mkdir(parents=True, exist_ok=True)
         result = Result(seed, folder / f"{stem}.png", folder / f"{stem}_overlay.png")
         write_png(result.image, image, settings)
         write_png(result.mixed, overlay(image, hint.colours))
@@ -209,13 +233,19 @@ def open_session(
         "precision": precision,
     }
 
+    stages = ["starting torch"]
+
     def read() -> ControlledModel:
         from cldm.model import load_model, load_model_config, model_config_of, place
 
+        stages.append("finding out what it is")
         model_config = load_model_config(config) if config else model_config_of(checkpoint, base)
-        return place(load_model(model_config, checkpoint, base), device, precision)
+        stages.append("reading its weights")
+        model = load_model(model_config, checkpoint, base)
+        stages.append("placing it on its device")
+        return place(model, device, precision)
 
-    return Session(in_background(read), folder, size or run.size, run.sample, marks, starts)
+    return Session(in_background(read), folder, size or run.size, run.sample, marks, starts, stages)
 
 
 def in_background(read: Callable[[], ControlledModel]) -> Future[ControlledModel]:
