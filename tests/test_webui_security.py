@@ -14,12 +14,32 @@ pytest.importorskip("gradio", reason="gradio is not installed; pip install -r re
 pytest.importorskip("httpx")
 
 import httpx
-from served_page import ADDED, LABEL_IDS, REQUEST, Answer, Site, Visitor, drawn, encoded, tiny_site
+from served_page import (
+    ADDED,
+    COLOURS,
+    FAST,
+    LABEL_IDS,
+    REQUEST,
+    Answer,
+    Regular,
+    Site,
+    Visitor,
+    drawn,
+    encoded,
+    in_hand,
+    open_site,
+    tiny_site,
+)
 
+import webui.folder
 from cldm.cldm import ControlLDM
 from cldm.pictures import write_png
+from webui.any_hint import ANY_HINT
+from webui.folder import private_folder
 from webui.gate import is_open
+from webui.painter import Painter
 from webui.server import MAX_VISITORS
+from webui.session import Session
 from webui.uploads import MAX_BYTES
 
 NAN, INF = float("nan"), float("inf")
@@ -61,13 +81,16 @@ def site(model: ControlLDM, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield site
 
 
+@pytest.fixture(scope="module")
+def regular(site: Site) -> Regular:
+    return Regular(site)
+
+
 @pytest.fixture
-def visitor(site: Site) -> Iterator[Visitor]:
+def visitor(site: Site, regular: Regular) -> Iterator[Visitor]:
     """A visitor; when it has done its worst, the page still works."""
     yield Visitor(site.url)
-    good = Visitor(site.url)
-    answer = good.generate(file=good.upload("mine_labelIds.png", encoded(LABEL_IDS)))
-    assert (good.show(answer.data[0][0]) == drawn(site.model, [4])[0]).all()
+    regular.check()
 
 
 @pytest.fixture
@@ -145,7 +168,7 @@ def test_no_input_of_no_event_reads_a_file_that_was_not_uploaded(
         "README.md",
     ]
     others = ["..", "", "\0", "a" * 5000, str(site.folder), f"{inside}/..", f"{site.folder}/none.png"]
-    assert set(visitor.events) >= set(PROPER)
+    assert {event for event, one in visitor.events.items() if one["inputs"]} == set(PROPER)
     for event, proper in PROPER.items():
         for i in range(len(proper)):
             kind = visitor.kinds[visitor.events[event]["inputs"][i]]
@@ -214,6 +237,44 @@ def test_what_is_no_upload_of_moderate_size_is_refused(site: Site, visitor: Visi
     assert post(content=b"abc", headers={"content-type": "multipart/form-data"}) == 400
     assert post(files={"files": bytes(MAX_BYTES + 1)}) == 413
     assert post(files={"files": b"x"}, headers={"origin": "https://evil.example"}) == 403
+    assert post(files={"files": b"x"}, headers={"origin": site.url}) == 200
+
+
+def test_empty_files_do_not_fill_the_folder(
+    site: Site, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webui.folder, "KEEP_FILES", 100)
+    files = [("files", (f"{i}.png", b"")) for i in range(1000)]
+    for _ in range(2):
+        visitor.http.post(f"{site.url}/gradio_api/upload", files=files).raise_for_status()
+    visitor.upload("one more.png", b"x")
+    kept = [path for path in site.folder.rglob("*.png") if site.folder / "examples" not in path.parents]
+    assert 0 < len(kept) <= 101
+
+
+def test_a_page_without_an_editor_reads_no_other_files(model: ControlLDM, secret: Path) -> None:
+    with private_folder() as folder:
+        painter = Painter(ANY_HINT, Session(in_hand(model), folder, (64, 128), FAST))
+        with open_site(painter) as site:
+            visitor = Visitor(site.url)
+            rest = list(REQUEST.values())[3:-2]
+            file = visitor.upload("x.png", encoded(COLOURS))
+            for path in (str(secret), "README.md", f"{folder}/../{secret.name}", str(folder), ""):
+                other = {**ADDED, "path": path}
+                for event, data in (
+                    ("paint", [other, "picture", *rest]),
+                    ("look", [other, "picture"]),
+                    ("restore", [other]),
+                    ("generate", [other, "picture", "", *rest, 0, 0]),
+                ):
+                    answer = visitor.ask(event, data)
+                    is_told = event in ("look", "restore") and "refusal" in str(
+                        answer.data if answer.success else ""
+                    )
+                    assert is_told or is_discreet(site, answer), (event, path)
+                    assert SECRET not in str(answer.output)
+            answer = visitor.ask("generate", [file, "picture", "", *rest, 0, 0])
+            assert (visitor.show(answer.data[0][0]) == drawn(site.model, [4])[0]).all()
 
 
 # -- values -----------------------------------------------------------------------------------------------
@@ -273,7 +334,7 @@ def test_an_event_that_is_none_is_refused(site: Site, visitor: Visitor) -> None:
     def join(**body: Any) -> Any:
         return visitor.http.post(f"{site.url}/gradio_api/queue/join", json={"session_hash": "x", **body})
 
-    for number in (-1, 16, 99, 10**30, "x", None, 1.5, [], {}):
+    for number in (-1, len(visitor.events), 99, 10**30, "x", None, 1.5, [], {}):
         answer = join(data=[], fn_index=number)
         assert answer.status_code in (400, 422, 500), number
         assert "Traceback" not in answer.text

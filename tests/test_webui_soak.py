@@ -86,7 +86,10 @@ def with_file(name: str, content: bytes) -> Callable[[Visitor], Answer]:
 
 
 def with_values(**changes: Any) -> Callable[[Visitor], Answer]:
-    return lambda visitor: visitor.generate(**{"example": "", **changes})
+    def ask(visitor: Visitor) -> Answer:
+        return visitor.generate(file=visitor.upload("mine_labelIds.png", encoded(LABEL_IDS)), **changes)
+
+    return ask
 
 
 def too_large(visitor: Visitor) -> Answer:
@@ -109,7 +112,7 @@ BAD: list[tuple[Callable[[Visitor], Answer], str]] = [
     ),
     (with_file("x.png", b"<svg/>"), "found SVG"),
     (with_file("x.png", encoded(LABEL_IDS)[:-60]), "expected a label map that decodes"),
-    (with_values(example="nothing"), "expected a file or the name of an example"),
+    (lambda visitor: visitor.generate(example="nothing"), "expected a file or the name of an example"),
     (with_values(steps=101), r"expected steps in 1\.\.100"),
     (with_values(num=True), "expected num to be like 1"),
     (with_values(prompt="a" * 5000), "at most 1000 characters"),
