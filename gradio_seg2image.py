@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
             try:
                 with serving(page, folder, **options) as address:
                     print(f"open {address} (stop with Ctrl-C)", flush=True)
-                    painter.session.wait()  # or the model's refusal, which ends the page
+                    painter.session.loading.result()  # or the model's refusal, which ends the page
                     print("the model is ready", file=sys.stderr)
                     threading.Event().wait()
             finally:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 INTERRUPTED = 130  # exit status, as a shell has it for Ctrl-C
@@ -67,6 +67,3 @@ def keep_freed_memory() -> None:
     # Older glibc takes 32 MiB at most. A trim threshold alone would freeze the other one at its small start.
     if mallopt and any(mallopt(M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25)):
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(
-            M_ARENA_MAX, 1
-        )  # or each thread's own keeps as much: 0.3 GB more for a page of twenty visitors

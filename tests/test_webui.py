@@ -104,11 +104,14 @@ def test_one_request_computes_at_a_time(session: Session, monkeypatch: pytest.Mo
         return torch.zeros(len(prompts), 64, 128, 3, dtype=torch.uint8)
 
     monkeypatch.setattr(cldm.generate, "generate", slow)
-    threads = [threading.Thread(target=session.run, args=(HINT, Order("a"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    painter = Painter(CITYSCAPES, session)
+    visitors = [
+        threading.Thread(target=lambda i=i: list(painter.paint(HINT, Order("a"), f"{i}"))) for i in range(4)
+    ]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
     assert most == [1, 1, 1, 1]
 
 
@@ -383,6 +386,28 @@ def test_the_folder_goes_and_the_environment_comes_back(monkeypatch: pytest.Monk
         (folder / "file").touch()
     assert not folder.exists()
     assert dict(os.environ) == before
+
+
+def test_many_may_tidy_at_once(tmp_path: Path) -> None:
+    for i in range(300):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}/x.png").write_bytes(b"x")
+        os.utime(tmp_path / f"{i}/x.png", (0, 0))
+    faults: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            tidy(tmp_path)
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_what_is_old_or_too_much_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,23 +41,25 @@ pytestmark = [
 ]
 
 
-def started(*flags: str) -> Iterator[str]:
-    """The address of the page of a fresh process."""
+@contextmanager
+def served(*flags: str, folder: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The page of a fresh process, and the process; `folder` takes its temporary files."""
     command = [sys.executable, "gradio_seg2image.py", *flags]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **({"TMPDIR": str(folder)} if folder else {})}
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout is not None
         found = re.match(r"open (http://127\.0\.0\.1:\d+)/", process.stdout.readline())
         assert found is not None, "the page did not start"
-        yield found[1]
+        yield found[1], process
         process.send_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    yield from started()
+    with served() as (url, _):
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +283,7 @@ def test_a_picture_as_it_is_goes_to_any_control(browser: Any, street: Path, tmp_
     hint = torch.from_numpy(colours).permute(2, 0, 1)[None] / 255
     sample = replace(read_recorded_run(checkpoint).sample, steps=2)
     expected = generate(model, hint, ["a street"] * 2, [0, 1], sample).numpy().astype(int)
-    for url in started("--condition", "none", "--ckpt", str(checkpoint)):
+    with served("--condition", "none", "--ckpt", str(checkpoint)) as (url, _):
         tab = browser.new_page()
         tab.goto(url)
         tab.locator("#note", has_text="The images appear here").wait_for(timeout=60_000)
@@ -293,4 +296,23 @@ def test_a_picture_as_it_is_goes_to_any_control(browser: Any, street: Path, tmp_
         assert [path.name for path in paths] == ["hint_seed0.png", "hint_seed1.png"]
         found = np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
         assert np.abs(found - expected).max() <= 2
+        tab.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_page_that_is_ended_while_it_paints_leaves_nothing(
+    browser: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    with served(folder=tmp_path) as (url, process):
+        tab = browser.new_page()
+        tab.goto(url)
+        tab.get_by_role("button", name="More settings").click()
+        set_number(tab, "steps", 100)
+        set_number(tab, "num", 8)
+        tab.click("#paint")
+        tab.locator("#live .previews img").first.wait_for(timeout=60_000)
+        assert list(tmp_path.glob("scenecontrol_*"))
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert list(tmp_path.glob("scenecontrol_*")) == []
         tab.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from webui.label_runs import encode_labels
 from webui.orders import PRIORS, WHOLE_RUN, Order, order_from
 from webui.painter import Done, Painter
 from webui.segmentation import segmentation
-from webui.session import PAUSE, Preview, Progress, Session, in_background
+from webui.session import PAUSE, Preview, Progress, Session
 from webui.starts import Starts
 
 CITYSCAPES = segmentation(LabelSpace.load("cityscapes"))
@@ -146,22 +146,27 @@ def test_who_waits_for_others_can_stop_as_well(
     assert isinstance(last, Done)
     assert last.results == []
     assert last.note.startswith("Stopped: 0 of 2 images")
-    with painter.session.my_turn():  # another one computes
-        waiting = painter.paint(hint, Order("a", sample=FAST), "third")
-        next(waiting)
-        assert painter.stop("third")
-        last = next(waiting)
+    over = threading.Event()
+    painter.session.worker.submit(over.wait, 20)  # another one computes
+    waiting = painter.paint(hint, Order("a", sample=FAST), "third")
+    next(waiting)
+    assert painter.stop("third")
+    last = next(waiting)
+    over.set()
     assert isinstance(last, Done)
     assert last.note.startswith("Stopped: 0 of 1")
 
 
 def test_a_model_that_never_comes_can_be_stopped_waiting_for(hint: Hint, tmp_path: Path) -> None:
-    painter = Painter(CITYSCAPES, Session(Future(), tmp_path, sample=FAST))
+    over, worker = threading.Event(), ThreadPoolExecutor(1)
+    session = Session(worker.submit(over.wait, 20), tmp_path, sample=FAST, worker=worker)  # type: ignore[arg-type]
+    painter = Painter(CITYSCAPES, session)
     waiting = painter.paint(hint, Order("a", sample=FAST), "me")
     next(waiting)
     assert painter.stop("me")
     assert isinstance(next(waiting), Done)
     assert not painter.close(0), "the model is still being read"
+    over.set()
 
 
 def test_closing_stops_what_is_painted(painter: Painter, hint: Hint) -> None:
@@ -182,16 +187,16 @@ def test_a_failure_is_raised_where_the_visitor_is_answered(painter: Painter, hin
 def test_a_model_that_is_still_being_read_is_waited_for(
     model: ControlLDM, hint: Hint, tmp_path: Path
 ) -> None:
-    go = threading.Event()
-    session = Session(in_background(lambda: go.wait(20) and model), tmp_path, sample=FAST)  # type: ignore[arg-type]
+    go, worker = threading.Event(), ThreadPoolExecutor(1)
+    session = Session(worker.submit(lambda: go.wait(20) and model), tmp_path, sample=FAST, worker=worker)
     painted = Painter(CITYSCAPES, session).paint(hint, Order("a", sample=FAST))
     assert next(painted) == Progress(0, 3)
     assert not session.loading.done()
     go.set()
     assert isinstance(list(painted)[-1], Done)
-    failed = Session(in_background(lambda: 1 / 0), tmp_path)  # type: ignore[arg-type, return-value]
+    failed = Session(worker.submit(lambda: 1 / 0), tmp_path, worker=worker)  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
-        failed.run(hint, Order("a", sample=FAST))
+        list(Painter(CITYSCAPES, failed).paint(hint, Order("a", sample=FAST)))
 
 
 # -- priors -----------------------------------------------------------------------------------------------
@@ -383,11 +388,12 @@ def test_the_map_of_an_example_can_have_another_size(painter: Painter, hint: Hin
 def test_requests_take_turns_with_the_segmenter(painter: Painter, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save(tmp_path / "x.png")
     painter.segment = lambda photo: LABELS
-    painter.session.turn.acquire()
+    over = threading.Event()
+    painter.session.worker.submit(over.wait, 20)
     worker = threading.Thread(target=painter.from_photo, args=(str(tmp_path / "x.png"), None))
     worker.start()
     time.sleep(0.1)
     assert worker.is_alive(), "the model computes for another"
-    painter.session.turn.release()
+    over.set()
     worker.join(5)
     assert not worker.is_alive()

@@ -101,11 +101,11 @@ def secret(tmp_path: Path) -> Path:
     return path
 
 
-def is_discreet(site: Site, answer: Answer) -> bool:
-    """Whether a refusal says no more than a sentence."""
+def is_discreet(site: Site, answer: Answer, most: int = 400) -> bool:
+    """Whether a refusal says no more than a sentence, of at most so many characters."""
     said = answer.reason
     parts = (str(site.folder), str(Path(__file__).parents[1]), "Traceback", "Errno", "root:", SECRET)
-    return not answer.success and len(said) < 400 and not any(part in said for part in parts)
+    return not answer.success and len(said) < most and not any(part in said for part in parts)
 
 
 # -- addresses --------------------------------------------------------------------------------------------
@@ -323,7 +323,8 @@ def test_nonsense_in_every_input_of_an_event_ends_in_an_answer(
 ) -> None:
     for value in (*JUNK, "x", -1, 10**400, NAN, True, "\ud800", ONE_PIXEL, "x" * 10_000):
         answer = visitor.ask(event, [value] * len(PROPER[event]), {"index": value, "value": value})
-        assert answer.success or is_discreet(site, answer) or len(answer.reason) > 400
+        # Gradio quotes a choice that it does not know.
+        assert answer.success or is_discreet(site, answer, most=11_000), (event, value, answer.reason[:300])
         assert str(site.folder / "results") not in str(answer.output)
     for data in ([], [None] * 30):
         answer = visitor.ask(event, data, CLICKED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,8 @@ KEPT = "examples"  # the subfolder that lives as long as the page
 KEEP_SECONDS = 3600
 KEEP_BYTES = 1 << 30
 KEEP_FILES = 1 << 14  # empty ones take their room, too
+
+ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
@@ -41,7 +44,14 @@ def private_folder() -> Iterator[Path]:
 
 def tidy(folder: Path) -> None:
     """Remove uploads and results that are old, and of the rest the oldest while they are too many."""
-    files = [path for path in folder.rglob("*") if path.is_file() and folder / KEPT not in path.parents]
+    with ONE_AT_A_TIME:
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    # Unlike rglob, walk takes it when a folder goes away meanwhile.
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    files = [path for path in files if folder / KEPT not in path.parents]
     left = KEEP_BYTES
     latest_first = sorted((*stats(path), path) for path in files)[::-1]
     for number, (changed, size, path) in enumerate(latest_first):

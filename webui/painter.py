@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from cldm.pictures import Rgb, read_settings, write_png
 from datasets.label_space import Ids, LabelSpace, Size, resize_labels
 from datasets.translation import translate
@@ -19,7 +21,9 @@ from webui.folder import KEPT, tidy
 from webui.label_runs import decode_labels
 from webui.orders import WHOLE_RUN, Order, order_from
 from webui.session import Progress, Result, Session, safe_stem
-from webui.uploads import check_picture, fitting_size
+from webui.uploads import MAX_IMAGE_PIXELS, check_picture, fitting_size
+
+WAIT_SECONDS = 0.2  # between two looks at whether an order that waits was stopped
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,6 @@ class Painter:
     examples: Sequence[Example] = field(default_factory=list)
     segment: Segment | None = None
     running: dict[str, threading.Event] = field(default_factory=dict, repr=False)  # by visitor
-    workers: list[threading.Thread] = field(default_factory=list, repr=False)
 
     # -- hints -------------------------------------------------------------------------------------------
 
@@ -93,12 +96,11 @@ class Painter:
             photo = cv2.resize(read_image(path), (width, height), interpolation=cv2.INTER_AREA)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), path.name)) from error
-        with self.session.my_turn():
-            try:
-                labels = self.segment(photo)
-            except (OSError, ImportError) as error:
-                log.warning("the segmenter: %s", error)
-                raise ValueError("the segmenter cannot be read; the log of the page says why") from error
+        try:
+            labels = self.session.worker.submit(self.segment, photo).result()
+        except (OSError, ImportError) as error:
+            log.warning("the segmenter: %s", error)
+            raise ValueError("the segmenter cannot be read; the log of the page says why") from error
         return self.edited(labels, path.name)._replace(found="what the segmenter sees in the photo"), photo
 
     def prompt_for(self, example: str, prompt: str) -> str:
@@ -134,7 +136,9 @@ class Painter:
         if self.condition.space is None or "map" not in settings:
             return order, None
         space = LabelSpace.load(str(settings.get("label_space", self.condition.space.name))[:50])
-        labels = translate(decode_labels(settings["map"], space), space, self.condition.space).labels
+        labels = decode_labels(settings["map"], space, MAX_IMAGE_PIXELS)
+        labels = resize_labels(labels, fitting_size(np.shape(labels)))  # of an image that was made: no change
+        labels = translate(labels, space, self.condition.space).labels
         return order, self.edited(labels, str(settings.get("hint", path.name)))
 
     # -- images ------------------------------------------------------------------------------------------
@@ -162,14 +166,16 @@ class Painter:
             except Exception as error:  # raised where the visitor is answered
                 told.put(error)
 
-        begin = time.perf_counter()
-        worker = threading.Thread(target=work, name="painting", daemon=True)
-        self.workers.append(worker)
-        worker.start()
+        begin, job = time.perf_counter(), self.session.worker.submit(work)
         try:
             yield Progress(0, order.sample.steps)
             while True:
-                item = told.get()
+                try:
+                    item = told.get(timeout=WAIT_SECONDS)
+                except queue.Empty:
+                    if stop.is_set() and job.cancel():  # before its turn has come
+                        told.put(self.finish(hint, order, []))
+                    continue
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, Done):
@@ -194,16 +200,12 @@ class Painter:
         if found is not None and stop in (None, found):
             found.set()
             self.running.pop(visitor, None)
-        self.workers[:] = [worker for worker in self.workers if worker.is_alive()]
 
     def close(self, seconds: float) -> bool:
         """Stop all that is painted; whether it came to an end within some seconds."""
         for stop in list(self.running.values()):
             stop.set()
-        deadline = time.monotonic() + seconds
-        for worker in self.workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-        return self.session.loading.done() and not any(worker.is_alive() for worker in self.workers)
+        return self.session.close(seconds)
 
     def finish(self, hint: Hint, order: Order, results: list[Result]) -> Done:
         """What an order came to, on disk and in words."""

@@ -1,4 +1,8 @@
-"""The model behind a page, and the one way to it: requests are checked, take turns, and leave PNG files."""
+"""The model behind a page, and the one thread that computes: orders take turns there and leave PNG files.
+
+One thread, because torch keeps helpers for each that computes. With two, one of them only reading the model,
+there are more helpers than cores, they sleep between two layers, and sampling takes twice as long on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 
 PIXELS_AT_ONCE = 4 * 512 * 512  # of a batch
 RESULTS = "results"  # the subfolder that images go to
-WAIT_SECONDS = 0.2  # between two looks at whether something is still waited for
 PAUSE = 4  # times what a preview took; so previews take a fifth of the time at the most
 
 
@@ -71,12 +73,25 @@ class Session:
     marks: Mapping[str, Any] = field(default_factory=dict)  # goes into every PNG
     starts: Starts | None = None
     stages: list[str] = field(default_factory=list)  # of the reading of the model, so far
-    turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "model"), repr=False)
+
+    @property
+    def model(self) -> ControlledModel:
+        """The model, waited for as long as it takes."""
+        return self.loading.result()
+
+    def close(self, seconds: float) -> bool:
+        """Take no more orders; whether those that are there come to an end within some seconds."""
+        last = self.worker.submit(lambda: None)
+        self.worker.shutdown(wait=False)
+        return bool(wait_for([last], timeout=seconds).done)
 
     def run(
         self, hint: Hint, order: Order, watch: Watch | None = None, stop: threading.Event | None = None
     ) -> list[Result]:
         """The images of an order, in batches of bounded size; ValueError says why there are none.
+
+        To be called in `worker`, where nobody else computes.
 
         watch  called after each step, from the thread that calls this, now and then with previews
         stop   once it is set, the batch in work is given up after its step; what is made is kept
@@ -92,6 +107,8 @@ class Session:
         results: list[Result] = []
         batches = split(order.seed, order.num, max(1, PIXELS_AT_ONCE // (height * width)))
         for i, seeds in enumerate(batches):
+            if stop is not None and stop.is_set():
+                break
             told = None if watch is None else partial(shifted, watch, i / len(batches), len(batches))
             try:
                 images = self._sample(hint, order, seeds, told, stop)
@@ -101,58 +118,31 @@ class Session:
             results += [self._write(folder, hint, order, seed, image) for seed, image in pairs]
         return results
 
-    def wait(self, stop: threading.Event | None = None) -> ControlledModel:
-        """The model, as soon as it is there; Stopped if it is not waited for any more."""
-        while not wait_for([self.loading], timeout=WAIT_SECONDS).done:
-            if stop is not None and stop.is_set():
-                raise Stopped
-        return self.loading.result()
-
-    @property
-    def model(self) -> ControlledModel:
-        """The model, waited for as long as it takes."""
-        return self.wait()
-
-    @contextmanager
-    def my_turn(self, stop: threading.Event | None = None) -> Iterator[None]:
-        """Nobody else computes; Stopped if that is not waited for any more."""
-        while not self.turn.acquire(timeout=WAIT_SECONDS):
-            if stop is not None and stop.is_set():
-                raise Stopped
-        try:
-            if stop is not None and stop.is_set():
-                raise Stopped
-            yield
-        finally:
-            self.turn.release()
-
     def _sample(
         self, hint: Hint, order: Order, seeds: list[int], watch: Watch | None, stop: threading.Event | None
     ) -> list[Rgb]:
-        """One batch, while no other request computes."""
+        """One batch."""
         import torch
 
         from cldm.generate import decode, generate
 
-        model = self.wait(stop)
+        model, start = self.model, None
+        if order.prior != WHOLE_RUN:
+            if self.starts is None:
+                raise ValueError("this page was started without a noise prior; choose none")
+            start = self.starts.draw(model, hint, order, seeds)
+        steps = len(start.timesteps) if start else order.sample.steps
+        preview = Preview(lambda z: list(decode(model, z).numpy()))
+
+        def after(step: int, z: Tensor) -> None:
+            if stop is not None and stop.is_set():
+                raise Stopped
+            if watch is not None:
+                watch(Progress(step + 1, steps, preview(z) if step + 1 < steps else None))
+
         told = torch.from_numpy(hint.colours).permute(2, 0, 1)[None] / 255
-        with self.my_turn(stop):
-            start = None
-            if order.prior != WHOLE_RUN:
-                if self.starts is None:
-                    raise ValueError("this page was started without a noise prior; choose none")
-                start = self.starts.draw(model, hint, order, seeds)
-            steps = len(start.timesteps) if start else order.sample.steps
-            preview = Preview(lambda z: list(decode(model, z).numpy()))
-
-            def after(step: int, z: Tensor) -> None:
-                if stop is not None and stop.is_set():
-                    raise Stopped
-                if watch is not None:
-                    watch(Progress(step + 1, steps, preview(z) if step + 1 < steps else None))
-
-            prompts = [order.prompt] * len(seeds)
-            images = generate(model, told, prompts, seeds, order.sample, start=start, callback=after)
+        prompts = [order.prompt] * len(seeds)
+        images = generate(model, told, prompts, seeds, order.sample, start=start, callback=after)
         return list(images.numpy())
 
     def _write(self, folder: Path, hint: Hint, order: Order, seed: int, image: Rgb) -> Result:
@@ -245,18 +235,6 @@ def open_session(
         stages.append("placing it on its device")
         return place(model, device, precision)
 
-    return Session(in_background(read), folder, size or run.size, run.sample, marks, starts, stages)
-
-
-def in_background(read: Callable[[], ControlledModel]) -> Future[ControlledModel]:
-    """What `read` returns or raises, once it has; in a thread that does not keep the process alive."""
-    found: Future[ControlledModel] = Future()
-
-    def work() -> None:
-        try:
-            found.set_result(read())
-        except BaseException as error:  # handed to whoever asks for the result
-            found.set_exception(error)
-
-    threading.Thread(target=work, name="reading the model", daemon=True).start()
-    return found
+    worker = ThreadPoolExecutor(1, "model")
+    size = size or run.size
+    return Session(worker.submit(read), folder, size, run.sample, marks, starts, stages, worker)
