@@ -32,6 +32,8 @@ def build_page(painter: Painter) -> gr.Blocks:
                 parts = edit_map(painter) if condition.space else load_picture(painter)
             with gr.Column(scale=5, min_width=320, elem_id="right"):
                 parts |= {**ask(painter), **show_results(painter)}
+                with gr.Accordion("More settings", open=False, elem_id="more"):
+                    parts |= choose_sampling(painter)
         (connect_editor if condition.space else connect_picture)(painter, parts)
         connect_model(page, painter, parts)
         connect_paint(page, painter, parts)
@@ -103,14 +105,11 @@ def choose_size(size: tuple[int, ...]) -> Parts:
 
 
 def ask(painter: Painter) -> Parts:
-    """Prompt, the two buttons, and how to sample, with what a page starts with."""
+    """What to paint, how many, and the two buttons."""
     prompt = painter.examples[0].prompt if painter.examples else ""
     parts: Parts = {
         "prompt": gr.Textbox(prompt, label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="prompt")
     }
-    with gr.Row():
-        parts["paint"] = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
-        parts["stop"] = gr.Button("Stop", size="lg", scale=1, min_width=80, interactive=False, elem_id="stop")
     with gr.Row():
         parts["num"] = bounded_slider("num", 2, "Images")
         parts["seed"] = gr.Number(
@@ -118,8 +117,9 @@ def ask(painter: Painter) -> Parts:
             elem_id="seed",
         )  # fmt: skip
         parts["reseed"] = gr.Button("New seed", size="sm", min_width=90, scale=0, elem_id="reseed")
-    with gr.Accordion("More settings", open=False, elem_id="more"):
-        parts |= choose_sampling(painter)
+    with gr.Row():
+        parts["paint"] = gr.Button("Paint", variant="primary", size="lg", scale=3, elem_id="paint")
+        parts["stop"] = gr.Button("Stop", size="lg", scale=1, min_width=80, interactive=False, elem_id="stop")
     return parts
 
 
