@@ -209,6 +209,8 @@ def write_upload(path: Path, what: str) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     if what.startswith("animated"):
         frames[0].save(path, format=what.split()[1], save_all=True, append_images=frames[1:], lossless=True)
+    elif what == "odd":
+        Image.fromarray(np.full((64, 128, 3), (1, 2, 3), np.uint8)).save(path, format="PNG")
     elif what == "photo":
         Image.fromarray(noise).save(path, format="JPEG")
     elif what.startswith("ids"):
@@ -238,7 +240,8 @@ def write_upload(path: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "kind", "said"),
     [
-        ("photo", "auto", r"expected the colours of cityscapes, found 4800 pixels .*No other palette knows"),
+        ("photo", "auto", r"expected a label map, found \d+ colours and more; is it a photo\?"),
+        ("odd", "auto", r"expected the colours of cityscapes, found 8192 pixels .*No other palette knows"),
         ("photo", "label_ids", r"lossless label map .*found JPEG"),
         ("bomb", "auto", r"at most 16 million pixels, found far more"),
         ("large", "auto", r"at most 16 million pixels, found 5000x5000"),
@@ -279,7 +282,15 @@ def test_ids_without_a_telling_name_are_told_apart_by_those_that_one_kind_has(tm
 
 @pytest.mark.parametrize(
     ("size", "fitting"),
-    [((100, 200), (128, 192)), ((64, 64), (64, 64)), ((1024, 2048), (704, 1472)), ((1, 10**6), (64, 16384))],
+    [
+        ((100, 200), (128, 256)),
+        ((64, 64), (64, 64)),
+        ((480, 640), (512, 704)),
+        ((1024, 2048), (704, 1408)),
+        ((1052, 1914), (768, 1344)),
+        ((1, 10**6), (64, 16384)),
+        ((10**6, 3), (16384, 64)),
+    ],
 )
 def test_a_map_without_a_size_is_brought_near_its_own(
     tmp_path: Path, size: tuple[int, int], fitting: tuple[int, int]

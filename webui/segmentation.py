@@ -21,6 +21,7 @@ STREETS = Models(
     *(f"models/streets_{name}.safetensors" for name in ("prior", "judge")),
 )
 RENDERED_SIZE = (128, 256)
+SAMPLED, MANY = 1 << 16, 1000  # pixels that are looked at; colours that no palette has
 KINDS = {
     "detect": "auto",
     "label ids": "label_ids",
@@ -85,6 +86,8 @@ class LabelMaps:
     def from_colours(self, path: Path) -> tuple[Ids, str]:
         """Train ids of a painted map, in the first palette that knows its colours; our own comes first."""
         rgb = read_image(path)
+        if (count := len(np.unique(rgb.reshape(-1, 3)[:: max(1, rgb.size // 3 // SAMPLED)], axis=0))) > MANY:
+            raise ValueError(f"{path}: expected a label map, found {count} colours and more; is it a photo?")
         others = [LabelSpace.load(name) for name in SPACES if name != self.space.name]
         refusal: ValueError | None = None
         for space in (self.space, *others):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from pathlib import Path
 
 from PIL import Image
@@ -54,12 +55,16 @@ def check_picture(path: Path) -> Size:
 
 
 def fitting_size(size: Size) -> Size:
-    """The size of an image for a picture of another: multiples of 64, at most MAX_IMAGE_PIXELS."""
+    """A size for images, near one that may be none: multiples of 64, of bounded area, much the same shape."""
     shrink = min(1.0, (MAX_IMAGE_PIXELS / (size[0] * size[1])) ** 0.5)
-    height, width = (max(STEP, round(side * shrink / STEP) * STEP) for side in size)
-    while height * width > MAX_IMAGE_PIXELS:  # both were rounded up, or one is far longer than the other
-        height, width = (height - STEP, width) if height > width else (height, width - STEP)
-    return height, width
+    rows, columns = ({int(side * shrink) // STEP, int(side * shrink) // STEP + 1} - {0} for side in size)
+    near = [(STEP * row, STEP * column) for row in rows for column in columns]
+    fitting = [(h, w) for h, w in near if h * w <= MAX_IMAGE_PIXELS]
+    if fitting:
+        shape, area = size[0] / size[1], size[0] * size[1] * shrink**2
+        return min(fitting, key=lambda hw: (abs(log(hw[0] / hw[1] / shape)), abs(log(hw[0] * hw[1] / area))))
+    longest = MAX_IMAGE_PIXELS // STEP // STEP * STEP  # of a strip
+    return (STEP, longest) if size[1] > size[0] else (longest, STEP)
 
 
 def _has_more_frames(image: Image.Image) -> bool:
