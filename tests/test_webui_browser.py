@@ -139,10 +139,10 @@ def files_of(tab: Any, folder: Path) -> list[Path]:
 def paint(tab: Any, folder: Path, num: int = 1) -> list[Path]:
     """Click, wait for all images, and take the files."""
     set_number(tab, "num", num)
-    tab.click("#paint")
-    tab.locator("#live .previews img").first.wait_for(timeout=60_000)
-    tab.locator("#note", has_text=f"{num} image").wait_for(timeout=120_000)
+    with tab.expect_response(re.compile(r"/results/\w+/.*_seed\d+\.png"), timeout=120_000):
+        tab.click("#paint")
     tab.locator("#paint:not([disabled])").wait_for()
+    tab.locator("#note", has_text=f"{num} image").wait_for()
     return files_of(tab, folder)
 
 
@@ -206,6 +206,28 @@ def test_a_run_that_is_stopped_leaves_the_page_ready_for_the_next(tab: Any, tmp_
     tab.locator("#paint:not([disabled])").wait_for()
     set_number(tab, "steps", 2)
     assert len(paint(tab, tmp_path, num=2)) == 3
+
+
+def test_who_waits_for_another_can_stop_and_who_leaves_makes_room(tab: Any, url: str, browser: Any) -> None:
+    first = browser.new_page()
+    first.goto(url)
+    for page, num in ((first, 8), (tab, 1)):
+        page.locator("#note", has_text="The images appear here").wait_for(timeout=60_000)
+        page.get_by_role("button", name="More settings").click()
+        set_number(page, "num", num)
+        set_number(page, "steps", 100)
+    first.click("#paint")
+    first.locator("#live .previews img").first.wait_for(timeout=60_000)
+    tab.click("#paint")
+    tab.locator("#live", has_text="waiting for its turn").wait_for(timeout=10_000)
+    tab.click("#stop")
+    tab.locator("#note", has_text="Stopped: 0 of 1").wait_for(timeout=10_000)
+    assert first.locator("#stop").is_enabled(), "the other one paints on"
+    set_number(tab, "steps", 2)
+    tab.click("#paint")
+    tab.locator("#live", has_text="waiting for its turn").wait_for(timeout=10_000)
+    first.close()
+    tab.locator("#note", has_text="1 image of").wait_for(timeout=60_000)
 
 
 def test_what_cannot_be_read_is_said_and_the_map_stays(tab: Any, street: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import gradio as gr
 from cldm.pictures import Rgb
 from datasets.label_space import Ids
 from webui.condition import Hint
-from webui.loading import MAP_PARTS, ONE_AT_A_TIME, QUIET, map_values, unchanged
+from webui.loading import MAP_PARTS, QUIET, map_values, unchanged
 from webui.look import show_progress, show_refusal
 from webui.orders import LIMITS, Order
 from webui.painter import Done, Painter
@@ -26,6 +26,7 @@ SETTINGS = (
     *("prompt", "negative_prompt", "num", "seed", "steps", "scale", "strength", "guess_mode", "sampler"),
     *("eta", "prior", "start"),
 )
+AT_ONCE = 8  # orders that wait for the model in their own right and can be stopped at once; others queue
 LOOK_SECONDS = 0.3  # between two looks at whether the model is there
 EMPTY = "The images appear here."
 RESULT_PARTS = ("live", "results", "images", "view", "files", "note")
@@ -114,7 +115,8 @@ def connect_paint(page: gr.Blocks, painter: Painter, parts: dict[str, Any]) -> N
 
     # First, and at once, so that an order that waits for others can be stopped, too.
     asked = parts["paint"].click(expect, outputs=buttons, concurrency_limit=None, **QUIET)
-    done = asked.then(paint, inputs, [parts[name] for name in RESULT_PARTS], **QUIET, **ONE_AT_A_TIME)
+    outputs = [parts[name] for name in RESULT_PARTS]
+    done = asked.then(paint, inputs, outputs, concurrency_limit=AT_ONCE, **QUIET)
     done.then(lambda: buttons_while(busy=False), outputs=buttons, concurrency_limit=None, **QUIET)
     done.failure(lambda: "", outputs=parts["live"], concurrency_limit=None, **QUIET)
 

@@ -67,7 +67,8 @@ def show_told(name: str, found: str) -> str:
 def show_progress(progress: Progress, pictures: Sequence[Rgb], is_ready: bool) -> str:
     """HTML of how far a request is, and of what its images will be."""
     done, total, _ = progress
-    said = f"step {done} of {total}" if is_ready else "waiting for the model"
+    waiting = "waiting for its turn" if is_ready else "waiting for the model"
+    said = f"step {done} of {total}" if done else waiting
     shown = "".join(f'<img src="{as_data(picture)}" alt="preview">' for picture in pictures)
     return (
         f'<div class="live" role="progressbar" aria-valuemin="0" aria-valuemax="{total}" '
