@@ -360,6 +360,14 @@ def test_a_rendered_data_set_gives_the_examples(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "work").exists()
 
 
+def test_a_page_of_other_classes_starts_with_an_empty_map(tmp_path: Path) -> None:
+    ade20k = LabelSpace.load("ade20k")
+    (example,) = load_examples(segmentation(ade20k), None, tmp_path / "work", (64, 192))
+    assert example.hint.labels is not None
+    assert (example.hint.labels == np.full((64, 192), 255)).all()
+    assert example.hint.space == "ade20k"
+
+
 def test_examples_of_a_folder_are_spread_over_it(tmp_path: Path) -> None:
     for i in range(20):
         Image.fromarray(np.roll(COLOURS, i, axis=1)).save(tmp_path / f"{i:02d}.png")

@@ -20,7 +20,7 @@ STREETS = Models(
     *(f"models/{name}.safetensors" for name in ("control_streets", "streets_base")),
     *(f"models/streets_{name}.safetensors" for name in ("prior", "judge")),
 )
-RENDERED_SIZE = (128, 256)
+RENDERED_SIZE, BLANK_SIZE = (128, 256), (512, 512)
 SAMPLED, MANY = 1 << 16, 1000  # pixels that are looked at; colours that no palette has
 KINDS = {
     "detect": "auto",
@@ -124,12 +124,12 @@ def find_street_maps(folder: Path, size: Size | None) -> Path:
     return folder / "gtFine/val"
 
 
-def blank_map(space: LabelSpace, folder: Path, size: Size | None) -> Path:
-    """A map of void to start from, in the colours of every label space."""
+def blank_map(folder: Path, size: Size | None) -> Path:
+    """A map of void to start from; void is black in every label space."""
     from cldm.pictures import write_png
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_png(folder / "blank.png", np.zeros((*(size or (512, 512)), 3), np.uint8))
+    write_png(folder / "blank.png", np.zeros((*(size or BLANK_SIZE), 3), np.uint8))
     return folder
 
 
@@ -144,7 +144,7 @@ def segmentation(space: LabelSpace) -> Condition:
         upload="Label ids, train ids, or the colours of Cityscapes, ADE20K or COCO",
         kinds=KINDS,
         read=maps.read,
-        find_examples=find_street_maps if of_streets else lambda folder, size: blank_map(space, folder, size),
+        find_examples=find_street_maps if of_streets else blank_map,
         models=STREETS,
         space=space,
         from_labels=maps.from_labels,
