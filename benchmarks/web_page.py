@@ -24,6 +24,7 @@ from typing import Any
 from common import ROOT, environment, figures, open_project, report, say
 
 START_SECONDS = 120
+SETTLE_MS = 1000  # until Gradio listens to what it has drawn
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,6 +84,7 @@ def visit(url: str, args: argparse.Namespace) -> list[dict[str, float]]:
         tab.goto(url)
         tab.locator("#note", has_text="The images appear here").wait_for(timeout=START_SECONDS * 1000)
         tab.get_by_role("button", name="More settings").click()
+        tab.wait_for_timeout(SETTLE_MS)
         for name in ("num", "steps"):
             field = tab.locator(f"#{name} input[type=number]")
             field.fill(str(getattr(args, name)))

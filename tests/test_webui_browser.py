@@ -52,8 +52,10 @@ def served(*flags: str, folder: Path | None = None) -> Iterator[tuple[str, subpr
         assert process.stdout is not None
         found = re.match(r"open (http://127\.0\.0\.1:\d+)/", process.stdout.readline())
         assert found is not None, "the page did not start"
-        yield found[1], process
-        process.send_signal(signal.SIGINT)
+        try:
+            yield found[1], process
+        finally:  # also after a failure: Popen waits for the process
+            process.send_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +105,22 @@ def street(tmp_path: Path) -> Path:
 
 
 def set_number(tab: Any, name: str, value: int) -> None:
-    field = tab.locator(f"#{name} input[type=number]")
-    field.fill(str(value))
-    field.press("Tab")
+    """Type a number; once more where Gradio had drawn the field and did not listen to it yet."""
+    field, slider = (tab.locator(f"#{name} input[type={kind}]") for kind in ("number", "range"))
+    for _ in range(20):
+        field.fill(str(value))
+        field.press("Tab")
+        if not slider.count() or slider.input_value() == str(value):
+            return
+        tab.wait_for_timeout(200)
+    pytest.fail(f"{name} did not become {value}")
+
+
+def open_settings(tab: Any) -> None:
+    """Open the further settings, and give Gradio the time to draw them and to listen to them."""
+    tab.get_by_role("button", name="More settings").click()
+    tab.locator("#steps input[type=number]").wait_for()
+    tab.wait_for_timeout(700)
 
 
 def load_map(tab: Any, path: Path) -> None:
@@ -183,7 +198,7 @@ def test_an_image_brings_its_settings_and_its_map_back(tab: Any, street: Path, t
     (tmp_path / "again").mkdir()
     tab.reload()
     tab.locator("#editor canvas").first.wait_for()
-    tab.get_by_role("button", name="More settings").click()
+    open_settings(tab)
     with tab.expect_file_chooser() as chooser:
         tab.click("#restore")
     chooser.value.set_files(first)
@@ -196,7 +211,7 @@ def test_an_image_brings_its_settings_and_its_map_back(tab: Any, street: Path, t
 
 
 def test_a_run_that_is_stopped_leaves_the_page_ready_for_the_next(tab: Any, tmp_path: Path) -> None:
-    tab.get_by_role("button", name="More settings").click()
+    open_settings(tab)
     set_number(tab, "steps", 100)
     set_number(tab, "num", 1)
     tab.click("#paint")
@@ -213,7 +228,7 @@ def test_who_waits_for_another_can_stop_and_who_leaves_makes_room(tab: Any, url:
     first.goto(url)
     for page, num in ((first, 8), (tab, 1)):
         page.locator("#note", has_text="The images appear here").wait_for(timeout=60_000)
-        page.get_by_role("button", name="More settings").click()
+        open_settings(page)
         set_number(page, "num", num)
         set_number(page, "steps", 100)
     first.click("#paint")
@@ -240,7 +255,7 @@ def test_what_cannot_be_read_is_said_and_the_map_stays(tab: Any, street: Path, t
         tab.set_input_files("#file input[type=file]", tmp_path / name)
         tab.locator("#told .refusal", has_text=f"{name}: expected").wait_for()
         assert said in tab.locator("#told").inner_text()
-    tab.get_by_role("button", name="More settings").click()
+    open_settings(tab)
     set_number(tab, "steps", 2)
     _, label_map = paint(tab, tmp_path)
     expected = SPACE.to_file_ids(np.asarray(Image.open(street)), "the street")
@@ -251,7 +266,7 @@ def test_examples_priors_and_views(tab: Any, tmp_path: Path) -> None:
     first = tab.locator("#told b").inner_text()
     tab.locator("#examples button").nth(2).click()
     tab.wait_for_function("name => document.querySelector('#told b').innerText !== name", arg=first)
-    tab.get_by_role("button", name="More settings").click()
+    open_settings(tab)
     set_number(tab, "steps", 2)
     tab.locator("#prior input").click()
     tab.get_by_role("option", name="class", exact=True).click()
@@ -271,7 +286,7 @@ def test_a_photo_is_read_by_the_segmenter(tab: Any, tmp_path: Path) -> None:
     tab.get_by_role("tab", name="A photo").click()
     tab.set_input_files("#photo input[type=file]", tmp_path / "photo.png")
     tab.locator("#told", has_text="what the segmenter sees").wait_for(timeout=60_000)
-    tab.get_by_role("button", name="More settings").click()
+    open_settings(tab)
     set_number(tab, "steps", 2)
     _, label_map = paint(tab, tmp_path)
     ids = np.asarray(Image.open(label_map))
@@ -312,10 +327,11 @@ def test_a_picture_as_it_is_goes_to_any_control(browser: Any, street: Path, tmp_
         tab.set_input_files("#file input[type=file]", tmp_path / "hint.png")
         tab.locator("#told", has_text="a picture as it is").wait_for()
         tab.locator("#prompt textarea").fill("a street")
-        tab.get_by_role("button", name="More settings").click()
+        open_settings(tab)
         set_number(tab, "steps", 2)
         paths = paint(tab, tmp_path, num=2)
         assert [path.name for path in paths] == ["hint_seed0.png", "hint_seed1.png"]
+        assert (read_settings(paths[0]) or {})["steps"] == 2
         found = np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
         assert np.abs(found - expected).max() <= 2
         tab.close()
@@ -328,7 +344,7 @@ def test_a_page_that_is_ended_while_it_paints_leaves_nothing(
     with served(folder=tmp_path) as (url, process):
         tab = browser.new_page()
         tab.goto(url)
-        tab.get_by_role("button", name="More settings").click()
+        open_settings(tab)
         set_number(tab, "steps", 100)
         set_number(tab, "num", 8)
         tab.click("#paint")
