@@ -11,17 +11,15 @@ from datasets.hint_encoding import hint_encoding
 from datasets.hints import read_hint
 from datasets.label_space import LabelSpace, Size
 from webui.condition import Condition, Hint, Models
-from webui.uploads import check_picture, fitting_size
+from webui.uploads import check_picture, fitting_size, without_folder
 
 
 def read_picture(path: Path, kind: str, size: Size | None) -> Hint:
     """A picture as it is, at the size of the images or else near its own; ValueError is one sentence."""
-    try:
+    with without_folder(path):
         own = check_picture(path)
         size = size or fitting_size(own)
         hint = read_hint(path, kind, hint_encoding(LabelSpace.load("cityscapes")), size)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), path.name)) from error
     return Hint(path.name, (hint * 255).round().astype(np.uint8), fingerprint(path), "a picture as it is")
 
 

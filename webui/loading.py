@@ -99,14 +99,14 @@ def connect_picture(painter: Painter, parts: dict[str, Any]) -> None:
 
     def look(file: str | None, kind: str) -> tuple[Any, ...]:
         if not file:
-            return None, "", ""
+            return None, ""
         try:
             hint = painter.find_hint(file, kind, "")
         except ValueError as error:
             log.info("refused: %s", error)
-            return None, "", show_refusal(str(error))
-        return hint.colours, hint.name, show_told(hint.name, hint.found)
+            return None, show_refusal(str(error))
+        return hint.colours, show_told(hint.name, hint.found)
 
-    outputs = [parts[name] for name in ("shown", "name", "told")]
+    outputs = [parts["shown"], parts["told"]]
     for event in (parts["file"].upload, parts["file"].clear):
         event(look, [parts["file"], parts["kind"]], outputs, **QUIET)

@@ -72,7 +72,7 @@ def edit_map(painter: Painter) -> Parts:
 
 def load_picture(painter: Painter) -> Parts:
     """A file, and the hint as it was understood."""
-    parts: Parts = {"name": gr.State(""), **choose_file(painter)}
+    parts = choose_file(painter)
     parts["shown"] = gr.Image(
         label="What the model is told", format="png", interactive=False, buttons=[], elem_id="shown"
     )

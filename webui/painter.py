@@ -21,7 +21,7 @@ from webui.folder import KEPT, tidy
 from webui.label_runs import decode_labels
 from webui.orders import WHOLE_RUN, Order, order_from
 from webui.session import Progress, Result, Session, safe_stem
-from webui.uploads import MAX_IMAGE_PIXELS, check_picture, fitting_size
+from webui.uploads import MAX_IMAGE_PIXELS, check_picture, fitting_size, without_folder
 
 WAIT_SECONDS = 0.2  # between two looks at whether an order that waits was stopped
 
@@ -90,12 +90,10 @@ class Painter:
         if self.segment is None:
             raise ValueError("this page was started without a segmenter; load a map")
         path = Path(file)
-        try:
+        with without_folder(path):
             own = check_picture(path)
             height, width = size or self.session.size or fitting_size(own)
             photo = cv2.resize(read_image(path), (width, height), interpolation=cv2.INTER_AREA)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), path.name)) from error
         try:
             labels = self.session.worker.submit(self.segment, photo).result()
         except (OSError, ImportError) as error:
@@ -121,10 +119,8 @@ class Painter:
     def restore(self, file: str, default: Order) -> tuple[Order, Hint | None]:
         """Order and map of an image that a page made; ValueError says why there are none."""
         path = Path(file)
-        try:
+        with without_folder(path):
             check_picture(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), path.name)) from error
         settings = read_settings(path)
         if not isinstance(settings, dict):
             raise ValueError(f"{path.name}: expected a PNG of this page or of generate.py, found no settings")

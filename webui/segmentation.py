@@ -14,7 +14,7 @@ from datasets.files import is_colour_map, read_image, read_labels
 from datasets.label_space import SPACES, Ids, LabelSpace, RawIds, Size, resize_labels
 from datasets.translation import translate
 from webui.condition import EXAMPLES, Condition, Hint, Models
-from webui.uploads import check_picture, fitting_size
+from webui.uploads import check_picture, fitting_size, without_folder
 
 STREETS = Models(
     *(f"models/{name}.safetensors" for name in ("control_streets", "streets_base")),
@@ -42,12 +42,10 @@ class LabelMaps:
         Raises
             ValueError  one sentence that names the file without its folder
         """
-        try:
+        with without_folder(path):
             own = check_picture(path)
             size = size or fitting_size(own)
             labels, found = self.read_labels(path, kind)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), path.name)) from error
         if labels.shape != size:
             found += f", resized from {labels.shape[0]}x{labels.shape[1]}"
         labels = resize_labels(labels, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import log
 from pathlib import Path
 
@@ -19,6 +21,15 @@ KNOWN_STRANGERS = {
     **{b"GIF8": "a GIF", b"<svg": "SVG", b"<?xml": "SVG or other XML", b"%PDF": "a PDF"},
     **{b"II*\0": "TIFF", b"MM\0*": "TIFF"},
 }
+
+
+@contextmanager
+def without_folder(path: Path) -> Iterator[None]:
+    """Refusals of a file name it alone: where the server keeps it is nobody's business."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error
 
 
 def check_picture(path: Path) -> Size:
